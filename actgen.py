@@ -619,12 +619,12 @@ def resolve(args: Args) -> Args:
     """Fills the fields left open from the data set's recipe. Raises UserError for what cannot be."""
     if args.dataset not in RECIPES:
         raise common.UserError(f"unknown dataset '{args.dataset}'; choose one of: {', '.join(RECIPES)}")
-    if "{}" not in args.prompt:
-        raise common.UserError(f"--prompt '{args.prompt}' has no {{}} for the class name")
     args = dataclasses.replace(args)
     for name, value in RECIPES[args.dataset].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+    if "{}" not in args.prompt:
+        raise common.UserError(f"--prompt '{args.prompt}' has no {{}} for the class name")
     args.out = args.out or f"runs/actgen-{args.dataset}{'-ladder' if args.ladder else ''}-s{args.seed}"
     for name in ("epochs", "batch_size", "images_per_epoch", "generation_batch_size", "steps", "seeds"):
         if getattr(args, name) < 1:
