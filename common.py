@@ -1,13 +1,13 @@
 """What no method owns: data sets, models, training, evaluation, run folders, and the embedded world.
 
-    python common.py                 train digits_sd (the embedded miniature Stable Diffusion); resumable
-    python common.py check           judge digits_sd: oracle accuracy, colour and setting obedience, FID
-    python common.py sheet           write samples/digits.png, a contact sheet of the digits world
+    python common.py                            train digits_sd, the embedded Stable Diffusion, again; resumable
+    pytest -s tests/test_digits_sd.py           judge it: does it draw the digit, colour and setting it is asked?
 
 Images are float [B, 3, H, W] in [0, 1] between functions; latents are scaled by the VAE's scaling factor.
 Random draws come from generators passed in, one per image, so that batch size never changes a result.
 """
 
+import copy
 import errno
 import fcntl
 import json
@@ -16,7 +16,6 @@ import os
 import re
 import shutil
 import sys
-import time
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -61,7 +60,7 @@ def _sources():
 
     digits = load_digits()
     photos = {}
-    for name, photo in zip(["temple", "flower"], load_sample_images().images):
+    for name, photo in zip(["temple", "flower"], load_sample_images().images, strict=True):
         image = Image.fromarray(photo)
         photos[name] = image.resize((image.width // 5, image.height // 5), Image.Resampling.LANCZOS)
     return digits.images.astype(np.float32) / 16, digits.target, photos
@@ -695,7 +694,7 @@ def predict(model, images: Images, batch_size: int, accelerator, workers: int = 
         with accelerator.autocast():
             logits = model(x)
         outputs.append([t.cpu() for t in accelerator.gather_for_metrics((logits.float(), y))])
-    return tuple(torch.cat(parts) for parts in zip(*outputs))
+    return tuple(torch.cat(parts) for parts in zip(*outputs, strict=True))
 
 
 def scores(logits: torch.Tensor, labels: torch.Tensor) -> dict:
@@ -814,7 +813,7 @@ class Run:
             except OSError:
                 raise UserError(
                     f"another process is running in {self.path}; wait for it or give another --out"
-                )
+                ) from None
             if (self.path / "config.json").exists():
                 old = json.loads((self.path / "config.json").read_text())["args"]
                 free = {"out", "overwrite", "workers", "data_dir", *free}
@@ -1046,10 +1045,10 @@ def build_digits_sd():
 
 
 @dataclass
-class DigitsSDArgs:
+class Args:
     """Training of digits_sd."""
 
-    out: str = field(default=str(ROOT / "runs" / "digits_sd"), metadata={"help": "checkpoint folder"})
+    out: str = field(default="runs/digits_sd", metadata={"help": "checkpoints of the training"})
     images: int = field(default=40000, metadata={"help": "renders of the web pool to train on"})
     oracle_epochs: int = field(default=6, metadata={"help": "epochs of the oracle classifier"})
     vae_steps: int = field(default=2500, metadata={"help": "autoencoder steps, batch 64"})
@@ -1059,7 +1058,7 @@ class DigitsSDArgs:
     seed: int = field(default=0, metadata={"help": "seed of every draw"})
 
 
-def train_digits_sd(args: DigitsSDArgs) -> None:
+def train_digits_sd(args: Args) -> None:
     """Renders the web pool; trains the oracle, the autoencoder, then U-Net and text encoder; writes digits_sd/.
 
     Stopped at any moment, it goes on from its last checkpoint when called again.
@@ -1068,8 +1067,7 @@ def train_digits_sd(args: DigitsSDArgs) -> None:
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
-    pipe = build_digits_sd().to(device)
-    oracle = SmallCNN(len(DIGIT_NAMES) + len(COLOURS) + len(SETTINGS), width=32).to(device)
+    pipe, oracle = build_digits_sd().to(device), SmallCNN(sum(ORACLE_HEADS), width=32).to(device)
     vae, unet, text_encoder = pipe.vae, pipe.unet, pipe.text_encoder
 
     if (out / "web.pt").exists():
@@ -1077,64 +1075,33 @@ def train_digits_sd(args: DigitsSDArgs) -> None:
     else:
         print(f"rendering {args.images} images of the web pool")
         web = render_pool(digit_pools()["web"], args.images, seed=args.seed + 1)
-        web["captions"] = pipe.tokenizer(
-            web["captions"].tolist(), padding="max_length", truncation=True, return_tensors="pt"
-        ).input_ids
+        padded = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
+        web["captions"] = pipe.tokenizer(web["captions"].tolist(), **padded).input_ids
         save_atomically(web, out / "web.pt")
     images = web["images"].permute(0, 3, 1, 2).to(device)
 
-    def batch_indices(step: int, size: int) -> torch.Tensor:
+    def draw(step: int, size: int = 64) -> torch.Tensor:
         return torch.randint(len(images), (size,), generator=torch.Generator().manual_seed(step))
 
-    if (out / "oracle.pt").exists():
-        oracle.load_state_dict(torch.load(out / "oracle.pt", weights_only=True))
-    else:
-        steps = args.oracle_epochs * len(images) // 64
-        optimizer = torch.optim.AdamW(oracle.parameters(), 2e-3, weight_decay=0.05)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
-        for step in (bar := tqdm(range(steps), "oracle")):
-            i = batch_indices(step, 64)
-            logits = oracle(images[i].float() / 255).split([10, 6, 3], 1)
-            loss = sum(
-                F.cross_entropy(o, web[k][i].to(device))
-                for o, k in zip(logits, ["labels", "colours", "settings"])
-            )
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            if step % 50 == 0:
-                bar.set_postfix(loss=f"{loss.item():.3f}")
-        save_atomically(oracle.state_dict(), out / "oracle.pt")
+    def oracle_loss(step):
+        i = draw(step)
+        heads = zip(oracle(images[i].float() / 255).split(ORACLE_HEADS, 1), ORACLE_KEYS, strict=True)
+        return sum(F.cross_entropy(logits, web[key][i].to(device)) for logits, key in heads)
 
-    if (out / "vae.pt").exists():
-        vae.load_state_dict(torch.load(out / "vae.pt", weights_only=True))
-    else:
-        optimizer = torch.optim.AdamW(vae.parameters(), 2e-3, weight_decay=0)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=args.vae_steps)
-        for step in (bar := tqdm(range(args.vae_steps), "autoencoder")):
-            x = 2 * images[batch_indices(step, 64)].float() / 255 - 1
-            posterior = vae.encode(x).latent_dist
-            y = vae.decode(posterior.sample()).sample
-            kl = (posterior.mean**2 + posterior.var - 1 - posterior.logvar).mean() / 2
-            loss = F.l1_loss(y, x) + F.mse_loss(y, x) + 1e-4 * kl
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
-            if step % 50 == 0:
-                bar.set_postfix(mse=f"{F.mse_loss(y, x).item():.4f}", kl=f"{kl.item():.2f}")
-        save_atomically(vae.state_dict(), out / "vae.pt")
+    def vae_loss(step):
+        x = 2 * images[draw(step)].float() / 255 - 1
+        posterior = vae.encode(x).latent_dist
+        y = vae.decode(posterior.sample()).sample
+        kl = (posterior.mean**2 + posterior.var - 1 - posterior.logvar).mean() / 2
+        return F.l1_loss(y, x) + F.mse_loss(y, x) + 1e-4 * kl
+
+    oracle_steps = args.oracle_epochs * len(images) // 64
+    _fit(oracle, oracle_loss, oracle_steps, 2e-3, 0.05, math.inf, out / "oracle.pt")
+    _fit(vae, vae_loss, args.vae_steps, 3e-3, 0.0, 1.0, out / "vae.pt")
     vae.eval().requires_grad_(False)
-
     with torch.no_grad():
-        latents = torch.cat(
-            [
-                vae.encode(2 * x.float() / 255 - 1).latent_dist.mode()
-                for x in tqdm(images.split(256), "latents")
-            ]
-        )
+        parts = [vae.encode(2 * x.float() / 255 - 1).latent_dist.mode() for x in images.split(256)]
+    latents = torch.cat(parts)
     vae.register_to_config(scaling_factor=1 / latents.std().item())
     latents = latents / latents.std()
     captions = web["captions"].to(device)
@@ -1142,56 +1109,65 @@ def train_digits_sd(args: DigitsSDArgs) -> None:
 
     unet.to(memory_format=torch.channels_last)  # a sixth faster on the CPU
     model = nn.ModuleDict({"unet": unet, "text_encoder": text_encoder})
-    ema = torch.optim.swa_utils.AveragedModel(
-        model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.999)
-    )
+    ema = averaged(model, 0.999)
     optimizer = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.LambdaLR(  # warm up, constant, linear decay over the last 40 %
-        optimizer, lambda s: min((s + 1) / 300, 1, (args.steps - s) / (0.4 * args.steps))
-    )
     start = 0
     if (out / "checkpoint.pt").exists():
         state = torch.load(out / "checkpoint.pt", weights_only=True, map_location=device)
         model.load_state_dict(state["model"])
         ema.load_state_dict(state["ema"])
         optimizer.load_state_dict(state["optimizer"])
-        start = schedule.last_epoch = state["step"]
-    scheduler = pipe.scheduler
-    alphas = scheduler.alphas_cumprod.to(device)
-    weight = torch.clamp(5 / (alphas / (1 - alphas)), max=1)  # min-SNR-5 on the eps-prediction loss
-    average, clock = None, time.time()
+        start = state["step"]
+    alphas = pipe.scheduler.alphas_cumprod.to(device)
+    weight = torch.clamp(5 * (1 - alphas) / alphas, max=1)  # min-SNR-5 (Hang et al. 2023) for eps-prediction
+    n, average = args.batch_size, None
     for step in (bar := tqdm(range(start, args.steps), "U-Net", initial=start, total=args.steps)):
+        for group in optimizer.param_groups:  # warm up, constant, linear decay over the last 40 %
+            group["lr"] = args.lr * min((step + 1) / 300, 1, (args.steps - step) / (0.4 * args.steps))
         g = torch.Generator().manual_seed(10**6 + step)
-        i = batch_indices(10**6 + step, args.batch_size)
-        z, n = latents[i], args.batch_size
+        i = draw(10**6 + step, n)
         t = ((torch.arange(n) + torch.rand(n, generator=g)) * 1000 / n).long().to(device)  # stratified
-        noise = torch.randn(z.shape, generator=g).to(device)
+        noise = torch.randn(latents[i].shape, generator=g).to(device)
         drop = (torch.rand(n, 1, generator=g) < 0.1).to(device)
         text = text_encoder(torch.where(drop, empty, captions[i])).last_hidden_state
-        x = scheduler.add_noise(z, noise, t).to(memory_format=torch.channels_last)
+        x = pipe.scheduler.add_noise(latents[i], noise, t).to(memory_format=torch.channels_last)
         error = (unet(x, t, text).sample - noise).square().mean((1, 2, 3))
-        loss = (weight[t] * error).mean()
         optimizer.zero_grad()
-        loss.backward()
+        (weight[t] * error).mean().backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        schedule.step()
         ema.update_parameters(model)
-        average = error.mean().item() if average is None else 0.99 * average + 0.01 * error.mean().item()
-        if step % 20 == 0:
-            bar.set_postfix(loss=f"{average:.4f}")
+        error = error.mean().item()
+        average = error if average is None else 0.99 * average + 0.01 * error
+        bar.set_postfix(loss=f"{average:.4f}", refresh=False)
         if (step + 1) % 500 == 0 or step + 1 == args.steps:
             state = {"step": step + 1, "model": model.state_dict(), "ema": ema.state_dict()}
             save_atomically({**state, "optimizer": optimizer.state_dict()}, out / "checkpoint.pt")
-            print(f"step {step + 1} loss {average:.4f} {time.time() - clock:.0f} s", file=sys.stderr)
             save_digits_sd(pipe, ema.module, oracle, out / "digits_sd")
     save_digits_sd(pipe, ema.module, oracle, ROOT / "digits_sd")
 
 
+def _fit(model, loss_of, steps, lr, weight_decay, clip, file) -> None:
+    """One-cycle AdamW on loss_of(step); the trained weights are kept in `file`."""
+    if file.exists():
+        model.load_state_dict(torch.load(file, weights_only=True))
+        return
+    optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=weight_decay)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps)
+    for step in (bar := tqdm(range(steps), file.stem)):
+        loss = loss_of(step)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), clip)
+        optimizer.step()
+        schedule.step()
+        if step % 50 == 0:
+            bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
+    save_atomically(model.state_dict(), file)
+
+
 def save_digits_sd(pipe, ema: nn.ModuleDict, oracle: nn.Module, folder: Path) -> None:
     """Writes the pipeline with the averaged weights, and the oracle, as fp16 safetensors."""
-    import copy
-
     from safetensors.torch import save_file
 
     half = copy.copy(pipe)
@@ -1202,12 +1178,33 @@ def save_digits_sd(pipe, ema: nn.ModuleDict, oracle: nn.Module, folder: Path) ->
         part.half()
     half.save_pretrained(folder)
     (folder / "oracle").mkdir(exist_ok=True)
-    weights = {k: v.half() if v.is_floating_point() else v for k, v in oracle.state_dict().items()}
-    save_file({k: v.contiguous() for k, v in weights.items()}, folder / "oracle" / "model.safetensors")
+    save_file(copy.deepcopy(oracle).half().state_dict(), folder / "oracle" / "model.safetensors")
+
+
+ORACLE_KEYS, ORACLE_HEADS = ["labels", "colours", "settings"], [10, 6, 3]
+
+
+def load_oracle(folder: Path = ROOT / "digits_sd") -> SmallCNN:
+    """The classifier of the web pool: logits [B, 19] of 10 digits, 6 colours, 3 settings; .features(x) [B, 128]."""
+    from safetensors.torch import load_file
+
+    oracle = SmallCNN(sum(ORACLE_HEADS), width=32)
+    oracle.load_state_dict(load_file(folder / "oracle" / "model.safetensors"))
+    return oracle.float().eval().requires_grad_(False)
+
+
+def save_digits_sheet(path: Path) -> None:
+    """A contact sheet of the digits world: samples of the web pool above, their true masks below."""
+    web = render_pool(digit_pools()["web"], 100, seed=0)
+    images = web["images"].permute(0, 3, 1, 2).float() / 255
+    masks = web["masks"][:, None].float().expand(-1, 3, -1, -1)
+    save_grid(torch.cat([images, masks[:20]]), path, columns=20, scale=2)
+
+
+def main(args: Args) -> None:
+    save_digits_sheet(Path("samples/digits.png"))
+    train_digits_sd(args)
 
 
 if __name__ == "__main__":
-    from transformers import HfArgumentParser
-
-    (args,) = HfArgumentParser(DigitsSDArgs).parse_args_into_dataclasses()
-    train_digits_sd(args)
+    cli(main, Args)

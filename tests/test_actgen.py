@@ -1,0 +1,321 @@
+"""ActGen's properties, against stock diffusers, closed forms, true masks and the oracle."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers import DDPMScheduler
+from scipy.stats import ttest_rel
+
+import actgen
+import common
+
+NAMES = common.DIGIT_NAMES
+DIGITS = dict(prompt="a photo of a {}", guidance_scale=4.0, attention_resolution=8)
+
+
+def generators(n, key=0):
+    return [common.generator(key, i) for i in range(n)]
+
+
+@pytest.fixture(scope="module")
+def guides():
+    """48 held-out digits: images [48, 3, 32, 32], labels, true masks [48, 32, 32]."""
+    r = common.render_pool(common.digit_pools()["test"], 48, seed=5)
+    return r["images"].permute(0, 3, 1, 2).float() / 255, r["labels"], r["masks"]
+
+
+@pytest.fixture(scope="module")
+def oracle():
+    """The oracle as a ten-class classifier."""
+    model = common.load_oracle()
+    return lambda x: model(x)[:, :10]
+
+
+# --- the sampler
+
+
+@pytest.mark.parametrize("steps", [7, 40])
+def test_without_guidance_and_losses_it_is_stock_ddpm_bit_for_bit(pipe, guides, steps):
+    images, labels = guides[0][:3], guides[1][:3]
+    prompts = [f"a photo of a {NAMES[y]}" for y in labels]
+    options = {"num_inference_steps": steps, "guidance_scale": 4.0, "output_type": "pt"}
+    stock = pipe(prompts, generator=generators(3), **options).images
+    no_guidance = actgen.generate(
+        pipe,
+        images,
+        labels,
+        NAMES,
+        generators=generators(3),
+        image_guidance=False,
+        nu=0,
+        steps=steps,
+        **DIGITS,
+    )
+    gamma_zero = actgen.generate(
+        pipe,
+        images,
+        labels,
+        NAMES,
+        generators=generators(3),
+        guidance_centre=-math.inf,
+        steps=steps,
+        **DIGITS,
+    )
+    plain_text = actgen.generate(
+        pipe, images, labels, NAMES, generators=generators(3), guided=torch.zeros(3, dtype=torch.bool),
+        steps=steps, **DIGITS,
+    )  # fmt: skip
+    assert torch.equal(no_guidance.images, stock)
+    assert torch.equal(gamma_zero.images, stock)
+    assert torch.equal(plain_text.images, stock)
+
+
+def test_full_guidance_everywhere_reproduces_the_guide(pipe, guides):
+    images, labels = guides[0][:4], guides[1][:4]
+    options = dict(attention_mask=False, guidance_centre=math.inf)
+    out = actgen.generate(pipe, images, labels, NAMES, generators=generators(4), **options, **DIGITS)
+    assert torch.allclose(out.images, common.decode(pipe, common.encode(pipe, images)), atol=1e-4)
+
+
+def test_a_batch_equals_calls_with_one_guide(pipe, guides, oracle):
+    images, labels = guides[0][:3], guides[1][:3]
+    bank = {int(y): torch.randn(5, 4, 16, 16, generator=common.generator(int(y))) for y in labels}
+    options = dict(classifier=oracle, bank=bank, nu=1.0, **DIGITS)
+    batch = actgen.generate(pipe, images, labels, NAMES, generators=generators(3), **options)
+    for i in range(3):
+        one = slice(i, i + 1)
+        alone = actgen.generate(
+            pipe, images[one], labels[one], NAMES, generators=generators(3)[one], **options
+        )
+        assert torch.allclose(alone.images, batch.images[one], atol=2e-3)
+
+
+def test_ddpm_step_is_the_stock_schedulers(pipe):
+    x, x0 = torch.randn(2, 4, 16, 16), torch.randn(2, 4, 16, 16)
+    for prediction in ("epsilon", "v_prediction"):
+        scheduler = DDPMScheduler.from_config(pipe.scheduler.config, prediction_type=prediction)
+        scheduler.set_timesteps(10)
+        for i in (0, 5, 9):
+            t, model_output = scheduler.timesteps[i], x0
+            previous = scheduler.timesteps[i + 1] if i < 9 else None
+            stock = scheduler.step(model_output, t, x, generator=common.generator(i))
+            xi = torch.randn(x.shape, generator=common.generator(i))
+            mine = actgen.predict_x0(scheduler, model_output, x, scheduler.alphas_cumprod[t])
+            assert torch.allclose(mine, stock.pred_original_sample, atol=1e-5)
+            assert torch.allclose(
+                actgen.ddpm_step(scheduler, mine, x, t, previous, xi), stock.prev_sample, atol=1e-5
+            )
+
+
+# --- the mask
+
+
+def test_class_tokens_are_found_in_the_prompt(pipe):
+    names = ["seven", "golden owl", "x" * 300]
+    weights = actgen.class_token_weights(pipe.tokenizer, "a photo of a {} on a flower background", names)
+    assert weights.shape == (3, pipe.tokenizer.model_max_length)
+    assert torch.equal(weights[0], F.one_hot(torch.tensor(5), 16).float())
+    tokens = pipe.tokenizer("a photo of a golden owl on a flower background", truncation=True).input_ids
+    on = pipe.tokenizer("on", add_special_tokens=False).input_ids[0]
+    inside = weights[1].nonzero().flatten().tolist()
+    assert inside == list(range(5, tokens.index(on))) and len(inside) > 1
+    assert torch.allclose(weights.sum(1), torch.ones(3))
+    nothing_left = actgen.class_token_weights(
+        pipe.tokenizer, "a photo of a very zzzzzzzzzzzzzzzz {}", ["cat"]
+    )
+    assert torch.allclose(nothing_left, torch.full((1, 16), 1 / 16))
+
+
+def test_stored_maps_are_the_softmax_of_the_class_token(pipe):
+    """Against diffusers' own attention scores, at every cross-attention layer of the resolution."""
+    x, text = torch.randn(4, 4, 16, 16), torch.randn(4, 16, 96)
+    weights = torch.zeros(2, 16)
+    weights[0, 5], weights[1, 6:8] = 1, 0.5
+    expected, handles = torch.zeros(2, 64), []
+
+    def reference(module, args, kwargs, _):
+        hidden, context = args[0], kwargs["encoder_hidden_states"]
+        q = module.head_to_batch_dim(module.to_q(hidden))
+        k = module.head_to_batch_dim(module.to_k(context))
+        scores = module.get_attention_scores(q, k).unflatten(0, (4, -1)).mean(1)  # [4, 64, 16]
+        expected.add_((scores[2:] * weights[:, None]).sum(-1))
+
+    listener = actgen.ClassAttention(pipe.unet, 8, weights)
+    with torch.no_grad():
+        plain = pipe.unet(x, 500, text).sample
+        with listener:
+            handles = [m.register_forward_hook(reference, with_kwargs=True) for m in listener.layers]
+            listener.rows = (torch.tensor([2, 3]), torch.tensor([0, 1]))
+            heard = pipe.unet(x, 500, text).sample
+            for handle in handles:
+                handle.remove()
+    assert len(listener.layers) >= 2
+    assert torch.equal(plain, heard)
+    assert torch.allclose(listener.maps, expected, atol=1e-5)
+    mask = listener.mask()
+    assert (
+        mask.shape == (2, 1, 8, 8) and mask.amin() == 0 and torch.equal(mask.amax((1, 2, 3)), torch.ones(2))
+    )
+
+
+def test_the_unet_is_restored_also_after_an_exception(pipe, guides):
+    before = dict(pipe.unet.attn_processors)
+
+    def broken(_):
+        raise RuntimeError("classifier failed")
+
+    with pytest.raises(RuntimeError, match="classifier failed"):
+        actgen.generate(
+            pipe, guides[0][:1], guides[1][:1], NAMES, broken, generators=generators(1), nu=1.0, **DIGITS
+        )
+    assert {k: id(v) for k, v in pipe.unet.attn_processors.items()} == {k: id(v) for k, v in before.items()}
+
+
+def test_a_resolution_without_cross_attention_is_refused(pipe):
+    with pytest.raises(common.UserError, match="--attention_resolution"):
+        actgen.ClassAttention(pipe.unet, 16, torch.ones(1, 16))
+
+
+def test_the_mask_keeps_the_foreground_and_frees_the_background(pipe, guides):
+    """By the true masks: with attention the background moves away from the guide more than the digit does."""
+    images, labels, true = guides
+    change = {}
+    for attention_mask in (False, True):
+        out = actgen.generate(
+            pipe, images, labels, NAMES, generators=generators(48), attention_mask=attention_mask, **DIGITS
+        )
+        distance = (out.images - images).abs().mean(1)  # [48, 32, 32]
+        change[attention_mask] = [
+            torch.stack([d[m].mean() for d, m in zip(distance, part, strict=True)]) for part in (true, ~true)
+        ]
+    foreground, background = (
+        after - before for before, after in zip(change[False], change[True], strict=True)
+    )
+    assert ttest_rel(background, torch.zeros(48), alternative="greater").pvalue < 1e-3
+    assert ttest_rel(background, foreground, alternative="greater").pvalue < 0.05
+
+
+# --- gradient guidance
+
+
+def test_a_gradient_step_moves_each_embedding_by_exactly_nu():
+    c, gradient = torch.randn(3, 16, 96), torch.randn(3, 16, 96)
+    gradient[1] = 0
+    gradient[2, 0, 0] = math.nan
+    moved = (actgen.gradient_step(c, gradient, nu=0.05) - c).flatten(1).norm(dim=1)
+    assert torch.allclose(moved, torch.tensor([0.05, 0.0, 0.05]), atol=1e-5)
+    assert torch.equal(actgen.gradient_step(c, torch.full_like(c, math.nan), 0.05), c)
+
+
+def test_the_sampler_takes_gradient_steps_only_where_there_is_a_loss(pipe, guides, oracle, monkeypatch):
+    images, labels = guides[0][:4], guides[1][:4]
+    moves, graphs, step, forward = [], [], actgen.gradient_step, pipe.unet.forward
+
+    def spy_step(c, gradient, nu):
+        moves.append((step(c, gradient, nu) - c).flatten(1).norm(dim=1))
+        return step(c, gradient, nu)
+
+    def spy_forward(x, *args, **kwargs):
+        if torch.is_grad_enabled():
+            graphs.append(len(x))
+        return forward(x, *args, **kwargs)
+
+    monkeypatch.setattr(actgen, "gradient_step", spy_step)
+    monkeypatch.setattr(pipe.unet, "forward", spy_forward)
+    adversarial = torch.tensor([False, True, True, False])
+    bank = {int(labels[0]): torch.zeros(1, 4, 16, 16)}
+    actgen.generate(
+        pipe, images, labels, NAMES, oracle, generators=generators(4), adversarial=adversarial, bank=bank,
+        guided=torch.tensor([True, True, False, True]), nu=0.3, rho=1e4, steps=12, gradient_steps=5, **DIGITS,
+    )  # fmt: skip
+    with_loss = 1 + int(labels[1] != labels[0]) + int((labels[[1, 3]] == labels[0]).sum())
+    assert graphs == [with_loss] * 5
+    assert torch.allclose(torch.cat(moves), torch.full((5 * with_loss,), 0.3), atol=1e-5)
+
+
+def test_contrastive_loss_equals_its_formula_and_vanishes_beyond_the_margin():
+    x0, bank = torch.randn(4, 16, 16), torch.randn(7, 4, 16, 16)
+    expected = np.mean([max(0.0, 50 - np.linalg.norm((x0 - b).numpy())) for b in bank])
+    assert actgen.contrastive_loss(x0, bank, 50.0).item() == pytest.approx(expected, rel=1e-5)
+    assert actgen.contrastive_loss(x0, bank, 1.0) == 0
+
+
+def test_a_classifier_that_gives_nan_changes_nothing(pipe, guides):
+    def nan(x):
+        return torch.full((len(x), 10), math.nan) * x.mean()
+
+    args = (pipe, guides[0][:2], guides[1][:2], NAMES)
+    with_nan = actgen.generate(*args, nan, generators=generators(2), nu=1.0, steps=12, **DIGITS)
+    without = actgen.generate(*args, generators=generators(2), steps=12, **DIGITS)
+    assert torch.allclose(with_nan.images, without.images, atol=1e-4)
+
+
+def test_the_adversarial_loss_makes_images_harder_for_the_classifier(pipe, guides, oracle):
+    images, labels, _ = guides
+    loss = {}
+    for nu in (0.0, 1.0):
+        out = actgen.generate(pipe, images, labels, NAMES, oracle, generators=generators(48), nu=nu, **DIGITS)
+        loss[nu] = F.cross_entropy(oracle(out.images), labels, reduction="none").detach()
+    assert ttest_rel(loss[1.0], loss[0.0], alternative="greater").pvalue < 0.01
+
+
+def test_the_contrastive_loss_moves_images_away_from_the_bank(pipe, guides):
+    images, labels, _ = guides
+    bank = {y: common.encode(pipe, images[labels == y]) for y in set(labels.tolist())}
+    distance = {}
+    for nu in (0.0, 1.0):
+        out = actgen.generate(
+            pipe, images, labels, NAMES, generators=generators(48), bank=bank, nu=nu, **DIGITS
+        )
+        distance[nu] = torch.stack([
+            (z - bank[y]).flatten(1).norm(dim=1).mean() for z, y in zip(out.latents, labels.tolist(), strict=True)
+        ])  # fmt: skip
+    assert ttest_rel(distance[1.0], distance[0.0], alternative="greater").pvalue < 0.01
+
+
+# --- which images, when
+
+
+def test_the_curriculum_goes_from_half_text_only_to_half_adversarial():
+    assert actgen.curriculum(0, 40) == (0.5, 0.0)
+    assert actgen.curriculum(19, 40) == (0.0, 0.5)
+    r = [actgen.curriculum(e, 40)[0] for e in range(20)]
+    assert np.allclose(np.diff(r), -0.5 / 19)
+
+
+def plan(logits, labels, epoch=19, **changes):
+    args = actgen.resolve(actgen.Args(images_per_epoch=12, epochs=40, **changes))
+    return actgen.plan_epoch(args, logits, labels, epoch)
+
+
+def test_guides_are_the_misclassified_images_cycled():
+    labels = torch.arange(10)
+    logits = F.one_hot(labels, 10).float() * 5
+    logits[3], logits[7] = logits[0], logits[1]
+    p = plan(logits, labels)
+    assert sorted(p["guide"]) == [3] * 6 + [7] * 6 and p["label"] == p["guide"] and p["wrong"] == 2
+    assert all(p["guided"]) and plan(logits, labels) == p and plan(logits, labels, seed=1) != p
+
+
+def test_without_mistakes_the_least_confident_images_guide():
+    labels = torch.arange(10).repeat(3)
+    logits = F.one_hot(labels, 10).float() * torch.linspace(1, 9, 30)[:, None]
+    assert sorted(plan(logits, labels)["guide"]) == list(range(12))
+
+
+def test_random_generation_has_no_guides_and_no_losses():
+    labels = torch.arange(10)
+    p = plan(torch.zeros(10, 10), labels, random_generation=True)
+    assert not any(p["guided"]) and not any(p["adversarial"]) and len(set(p["label"])) > 3
+
+
+def test_few_shot_guides_are_all_images_and_confidence_sets_their_centre():
+    labels = torch.arange(10)
+    logits = F.one_hot(labels, 10).float() * torch.linspace(0, 20, 10)[:, None]
+    p = plan(logits, labels, few_shot=True)
+    assert set(p["guide"]) == set(range(10))
+    for guide, centre in zip(p["guide"], p["centre"], strict=True):
+        assert centre == pytest.approx(12.5 * (1 - logits.softmax(1)[guide, guide].item()), rel=1e-5)
