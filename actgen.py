@@ -1,20 +1,21 @@
 """ActGen: active generation for image classification (Huang, Liu, You, Xu, ECCV 2024, arXiv 2403.06517).
 
-A classifier trains; after every epoch of the first half it is asked about held-out real images, and a diffusion
-model draws variants of those it gets wrong, which join the training set. A variant keeps the foreground of its
-guide (attentive image guidance), differs from earlier variants (contrastive loss) and is hard for the present
-classifier (adversarial loss); both losses act by gradient steps on the text embedding while sampling.
+A classifier trains; after every epoch of the first half it is asked about held-out real images, and a
+diffusion model draws variants of those it gets wrong, which join the training set. A variant keeps the
+foreground of its guide (attentive image guidance), differs from earlier variants (contrastive loss) and is
+hard for the present classifier (adversarial loss); both losses act by gradient steps on the text embedding
+while sampling.
 
     python actgen.py                                        handwritten digits, a few minutes on a laptop
-    python actgen.py --dataset cifar10                      the paper's experiment (one GPU, Stable Diffusion 2.1)
-    python actgen.py --dataset folder --data_dir mydata     your own images: mydata/train/CLASS/*, mydata/test/...
+    python actgen.py --dataset cifar10                      the paper's experiment (one GPU, SD 2.1)
+    python actgen.py --dataset folder --data_dir mydata     your own images, in mydata/train/CLASS/*
     python actgen.py --dataset eurosat --examples_per_class 16     few-shot, CLIP classifier
     python actgen.py --ladder --seeds 5                     the paper's ablation, one rung after the other
     accelerate launch actgen.py --dataset imagenet          several GPUs
 
 Paper to code:
     section 4.1   misclassified images, schedule of an epoch    plan_epoch, train
-    section 4.2   attentive image guidance, eq. for x~_{t-1}    generate (the sampler), ClassAttention (the mask m)
+    section 4.2   attentive image guidance, x~_{t-1}          generate (the sampler), ClassAttention (mask)
     section 4.3   contrastive and adversarial loss on c         gradient_step
     few-shot      confidence to guidance                        confidence_to_centre
 """
@@ -107,12 +108,14 @@ RECIPES = {
         prompt="a photo of a {}", workers=0,
         diffusion=str(common.ROOT / "digits_sd"), guidance_scale=4.0, images_per_epoch=24, nu=1.0,
         generation_batch_size=24, attention_resolution=8, examples_per_class=20, few_shot=False,
-        genval_share=0.3, classifier="small_cnn", pretrained=False, image_size=32, augment="digits", epochs=40,
-        batch_size=32, optimizer="adamw", lr=3e-3, weight_decay=0.05, eval_every=5,
+        genval_share=0.3, classifier="small_cnn", pretrained=False, image_size=32, augment="digits",
+        epochs=40, batch_size=32, optimizer="adamw", lr=3e-3, weight_decay=0.05, eval_every=5,
     ),
     "cifar10": CIFAR,
     "cifar100": CIFAR,
-    "imagenet": SD21 | dict(epochs=100, batch_size=256, images_per_epoch=2600, genval_share=10_000 / 1_281_167),
+    "imagenet": SD21 | dict(  # gen-val of 10,000 images, 0.13 M synthetic ones
+        epochs=100, batch_size=256, images_per_epoch=2600, genval_share=10_000 / 1_281_167
+    ),
     "eurosat": SMALL | dict(  # few-shot
         few_shot=True, examples_per_class=16, classifier="clip", optimizer="adamw", lr=1e-5, epochs=50,
         batch_size=32, augment="crop",
@@ -149,7 +152,7 @@ class ClassAttention:
                     self.layers.append(module)
         if not self.layers:
             raise common.UserError(
-                f"the U-Net has no cross-attention at {resolution}x{resolution}; give another --attention_resolution"
+                f"the U-Net has no cross-attention at {resolution}x{resolution}: see --attention_resolution"
             )
 
     def __enter__(self):
@@ -212,14 +215,14 @@ def contrastive_loss(x0: torch.Tensor, bank: torch.Tensor, rho: float) -> torch.
 
 
 def adversarial_loss(pipe, x0: torch.Tensor, labels: torch.Tensor, classifier, size: int) -> torch.Tensor:
-    """L_adv = -CE(classifier(resized D(x0)), y), summed over x0 [B, C, h, w]; size: the classifier's pixels."""
+    """L_adv = -CE(classifier(resized D(x0)), y), summed over x0 [B, C, h, w]; size: its pixels."""
     images = common.decode(pipe, x0, clamp=False)  # clamping would stop the gradient
     images = F.interpolate(images, (size, size), mode="bilinear", antialias=True)
     return -F.cross_entropy(classifier(images), labels, reduction="sum")
 
 
 def gradient_step(c: torch.Tensor, gradient: torch.Tensor, nu: float) -> torch.Tensor:
-    """c - nu g / |g|_2, each image's embedding [L, d] as one vector; a zero or NaN gradient leaves it as it is."""
+    """c - nu g / |g|_2, each image's embedding [L, d] one vector; a zero or NaN gradient: unchanged."""
     gradient = torch.nan_to_num(gradient.float(), 0.0, 0.0, 0.0)
     norm = gradient.flatten(1).norm(dim=1).view(-1, 1, 1)
     return c - nu * gradient / norm.clamp(min=1e-20)
@@ -265,14 +268,20 @@ def generate(
 ) -> Generated:
     """Variants of `guides` by attentive image guidance and gradient guidance (sections 4.2 and 4.3).
 
-    pipe: a frozen StableDiffusionPipeline with a DDPMScheduler (common.load_pipeline). guides: [B, 3, H, W] in
-    [0, 1] at the pipeline's resolution, or None for text-to-image. labels: [B] class indices. classifier: takes
-    images [B, 3, s, s] in [0, 1] (s = classifier_size), gives logits; needed for L_adv. generators: one CPU
-    generator per image. bank: latents [N, C, h, w] of earlier images per class, for L_contra. guided: [B] bools,
-    an image that is not guided is plain text-to-image, without losses; adversarial: [B] bools, L_adv on. Both
-    default to all. guidance_centre: i_0, a number or [B]. rho is given for 16,384 latent values and scaled with
-    the root of their number. Without guidance and losses this is DDPM sampling, bit-equal to the stock pipeline.
-    Only the conditional embedding moves: the unconditional one says nothing of the class.
+    pipe: a frozen StableDiffusionPipeline with a DDPMScheduler (common.load_pipeline)
+    guides: [B, 3, H, W] in [0, 1] at the pipeline's resolution, or None for text-to-image
+    labels: [B] class indices
+    classifier: takes images [B, 3, s, s] in [0, 1], s = classifier_size, gives logits; L_adv needs it
+    generators: one CPU generator per image
+    bank: latents [N, C, h, w] of earlier images per class, for L_contra
+    guided: [B] bools (default all); an image that is not is plain text-to-image, without losses
+    adversarial: [B] bools (default all), L_adv on
+    guidance_centre: i_0, a number or [B]
+    rho: given for 16,384 latent values and scaled with the root of their number
+
+    Without guidance and losses this is DDPM sampling, bit-equal to the stock pipeline's. Only the conditional
+    embedding moves (the unconditional one says nothing of the class). Raises UserError if the U-Net has no
+    cross-attention at attention_resolution (default: a quarter of the latents' side).
     """
     from diffusers.utils.torch_utils import randn_tensor
 
@@ -384,7 +393,7 @@ def predict_x0(scheduler, eps, x, alpha):
 
 
 def ddpm_step(scheduler, x0, x, t, previous, xi):
-    """posterior_mean(x0, x_t) + sigma_t xi (Ho et al. 2020, eq. 6 and 7), as diffusers' DDPMScheduler does."""
+    """posterior_mean(x0, x_t) + sigma_t xi (Ho et al. 2020, eq. 6, 7), as diffusers' DDPMScheduler does."""
     alpha = scheduler.alphas_cumprod[t]
     alpha_prev = scheduler.alphas_cumprod[previous] if previous is not None else scheduler.one
     beta = 1 - alpha / alpha_prev  # of this (possibly long) step
@@ -410,7 +419,7 @@ def confidence_to_centre(confidence: torch.Tensor, centre: float = 12.5) -> torc
 
 
 def curriculum(epoch: int, epochs: int) -> tuple[float, float]:
-    """(probability of plain text-to-image, probability of the adversarial loss) at an epoch of the first half.
+    """(probability of plain text-to-image, that of the adversarial loss) at an epoch of the first half.
 
     r = 0.5 max(0, 1 - e / (E/2 - 1)) falls from 0.5 to 0 at half time; the other is max(0, 0.5 - r).
     """
@@ -518,7 +527,7 @@ def train(args: Args, run: common.Run, accelerator, data: common.Data, pipe=None
     """Trains a classifier, with a pipeline by active generation (section 4.1), else on the real images alone.
 
     With a pipeline, gen-val is held out of the real images until half time. The learning rate follows the
-    epochs; within one it advances over as many batches as there are real ones, so synthetic ones do not count.
+    epochs; within one it advances over as many batches as there are real ones: synthetic ones do not count.
     Returns the final scores on each split, the number of synthetic images and the seconds spent.
     """
     active, half = pipe is not None, args.epochs // 2
@@ -643,7 +652,7 @@ def resolve(args: Args) -> Args:
 
 
 def run_once(args: Args, accelerator) -> dict:
-    """One run in args.out, with its real-only baseline; the result of a finished run is read from its folder."""
+    """One run in args.out, with its real-only baseline; a finished run's result is read from its folder."""
     run = common.Run(args.out, args, accelerator)
     if result := run.result():
         if run.main:
@@ -679,9 +688,8 @@ def report(result: dict, out: str) -> None:
             print(f"{split:9}accuracy: {text}")
     last = result.get("active", result.get("baseline"))
     training = sum(v["training"] for v in result.values())
-    print(
-        f"{last['synthetic']} images generated in {last['generation']:.0f} s, {training:.0f} s of training; {out}"
-    )
+    generated = f"{last['synthetic']} images generated in {last['generation']:.0f} s"
+    print(f"{generated}, {training:.0f} s of training; {out}")
 
 
 # The paper's ablation: every rung adds one part, all with the same number of synthetic images.
@@ -696,7 +704,7 @@ LADDER = {
 
 
 def ladder(args: Args, accelerator) -> None:
-    """Runs LADDER over args.seeds seeds (finished runs are kept) and writes its table to ladder.json and .md."""
+    """Runs LADDER over args.seeds seeds, skipping finished runs; writes its table to ladder.json and .md."""
     top1 = {}
     for seed in range(args.seed, args.seed + args.seeds):
         for rung, changes in LADDER.items():

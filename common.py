@@ -1,7 +1,7 @@
 """What no method owns: data sets, models, training, evaluation, run folders, and the embedded world.
 
-    python common.py                            train digits_sd, the embedded Stable Diffusion, again; resumable
-    pytest -s tests/test_digits_sd.py           judge it: does it draw the digit, colour and setting it is asked?
+    python common.py                       train digits_sd, the embedded Stable Diffusion, again; resumable
+    pytest -s tests/test_digits_sd.py      judge it: does it draw the digit, colour and setting asked for?
 
 Images are float [B, 3, H, W] in [0, 1] between functions; latents are scaled by the VAE's scaling factor.
 Random draws come from generators passed in, one per image, so that batch size never changes a result.
@@ -50,7 +50,7 @@ MIN_CONTRAST = 0.33  # the darkest-tenth RGB distance (of sqrt(3)) between a dig
 
 @cache
 def digit_pools() -> dict[str, np.ndarray]:
-    """Three disjoint pools of the 1,797 digits, as indices: web (half), train (a quarter), test (a quarter)."""
+    """Three disjoint pools of the 1,797 digits, as indices: web (half), train and test (a quarter)."""
     order = np.random.default_rng(0).permutation(1797)
     return {"web": order[:898], "train": order[898:1347], "test": order[1347:]}
 
@@ -339,7 +339,7 @@ def _folder(root: str) -> Data:
         if not folder.is_dir():
             if split in ("train", "test"):
                 raise UserError(
-                    f"{folder} is not there; --dataset folder needs {root}/train/CLASS/* and {root}/test/CLASS/*"
+                    f"{folder} is missing; a folder data set has {root}/train/CLASS/* and test/CLASS/*"
                 )
             continue
         classes = sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
@@ -408,7 +408,7 @@ def _torchvision(name: str, root: str) -> Data:
         except Exception as error:
             reason = " ".join(str(error).split())[:200]
             raise UserError(
-                f"{name} is not in {root} and could not be downloaded ({reason}); put torchvision's files there"
+                f"{name} is not in {root} and could not be downloaded ({reason}); put its files there"
             ) from None
 
     def images(dataset, labels=None) -> Images:
@@ -433,7 +433,7 @@ def _torchvision(name: str, root: str) -> Data:
 
 
 class SmallCNN(nn.Module):
-    """Five 3x3 convolutions with batch norm for 32x32 images: [B, 3, H, W] -> [B, outputs]; 0.15 M weights."""
+    """Five 3x3 convolutions with batch norm for small images: [B, 3, H, W] -> [B, outputs]."""
 
     def __init__(self, outputs: int, width: int = 24):
         super().__init__()
@@ -673,7 +673,7 @@ def make_loader(images: Images, batch_size: int, accelerator, shuffle: bool = Fa
 
 
 def train_epoch(model, loader, optimizer, lr_at, accelerator, ema=None) -> dict[str, float]:
-    """One pass of cross-entropy training. lr_at(i) is the learning rate of batch i. Returns loss, accuracy."""
+    """One pass of cross-entropy training; lr_at(i) is batch i's learning rate. Returns loss and accuracy."""
     model.train()
     total, loss_sum, correct = 0, torch.zeros((), device=accelerator.device), 0
     for i, (x, y) in enumerate(loader):
@@ -697,7 +697,7 @@ def train_epoch(model, loader, optimizer, lr_at, accelerator, ema=None) -> dict[
 
 @torch.no_grad()
 def predict(model, images: Images, accelerator, workers: int = 0, batch_size: int = 64):
-    """(logits [N, K], labels [N]) of all images, on the CPU, the same on every process; batch_size: of each."""
+    """(logits [N, K], labels [N]) of all images, on the CPU, the same on every process of batch_size."""
     model.eval()
     outputs = []
     for x, y in make_loader(images, batch_size * accelerator.num_processes, accelerator, workers=workers):
@@ -773,7 +773,7 @@ def confidence_interval(values) -> tuple[float, float]:
 
 
 def cli(main, args_class) -> None:
-    """Parses the command line into `args_class`, runs main(args); a user's mistake ends in one line, status 2."""
+    """Parses the command line into `args_class`, runs main(args); a user's mistake: one line, status 2."""
     parser = HfArgumentParser(args_class, description=sys.modules["__main__"].__doc__.strip().split("\n")[0])
     args, unknown = parser.parse_args_into_dataclasses(return_remaining_strings=True)
     if unknown:
@@ -798,7 +798,7 @@ def cli(main, args_class) -> None:
 
 
 class Run:
-    """A run folder: config.json, metrics.jsonl, checkpoint files, result.json. Only the main process writes."""
+    """A run folder: config.json, metrics.jsonl, checkpoints, result.json. Only the main process writes."""
 
     def __init__(self, path: str | Path, args, accelerator, free: tuple[str, ...] = ()):
         """Opens or creates the folder. `free` names the arguments that may differ when a run goes on.
@@ -878,7 +878,7 @@ def versions() -> dict[str, str]:
 
 
 def save_atomically(state: dict, path: Path) -> None:
-    """torch.save to a temporary file beside `path`, then rename: a reader sees the old file or the new one."""
+    """torch.save to a temporary file beside `path`, then rename: a reader sees the old file or the new."""
     temporary = path.with_name(path.name + ".tmp")
     with open(temporary, "wb") as f:
         torch.save(state, f)
@@ -894,7 +894,7 @@ def class_folders(class_names: list[str]) -> list[str]:
 
 
 def keep_small(path: Path, size: int):
-    """A synthetic image as a training source: in memory at the classifier's size up to 64 pixels, else its path."""
+    """A synthetic image as a training source: up to 64 pixels in memory at that size, else its path."""
     if size > 64:
         return path
     image = open_image(path)
@@ -1064,7 +1064,7 @@ class Args:
 
 
 def train_digits_sd(args: Args) -> None:
-    """Renders the web pool; trains the oracle, the autoencoder, then U-Net and text encoder; writes digits_sd/.
+    """Renders the web pool; trains oracle, autoencoder, then U-Net and text encoder; writes digits_sd/.
 
     Stopped at any moment, it goes on from its last checkpoint when called again.
     """
@@ -1190,7 +1190,7 @@ ORACLE_KEYS, ORACLE_HEADS = ["labels", "colours", "settings"], [10, 6, 3]
 
 
 def load_oracle(folder: Path = ROOT / "digits_sd") -> SmallCNN:
-    """The classifier of the web pool: logits [B, 19] of 10 digits, 6 colours, 3 settings; .features(x) [B, 128]."""
+    """The web pool's classifier: logits [B, 19] of 10 digits, 6 colours, 3 settings."""
     from safetensors.torch import load_file
 
     oracle = SmallCNN(sum(ORACLE_HEADS), width=32)

@@ -1,11 +1,11 @@
-"""How well do the class token's attention maps find the digit? Mean IoU with the true mask, by step and layer.
+"""Do the class token's attention maps find the digit? Mean IoU with the true mask, by step and layer.
 
-    python tests/attention_masks.py            about two minutes on two cores; writes samples/attention_masks.png
+    python tests/attention_masks.py      a few minutes on two cores; writes samples/attention_masks.png
 
-300 images of the test pool; every threshold, and the radius of the centred disc it is compared with, is chosen
-on 300 images of the train pool. "noised": the real image, noised to step i of 40, one conditional U-Net row.
-"guided": the mask m_t that ActGen's sampler uses at step i with this image as its guide (maps averaged over the
-layers and the steps so far).
+300 images of the test pool; every threshold, and the radius of the centred disc they are compared with, is
+chosen on 300 images of the train pool. "noised": the real image, noised to step i of 40, one conditional
+U-Net row. "guided": the mask m_t that ActGen's sampler uses at step i with this image as its guide (maps
+averaged over the layers and the steps so far).
 """
 
 import sys
@@ -119,8 +119,11 @@ def main() -> None:
     for kind in ("noised", "guided"):
         key = max((k for k in rows if k[0] == kind), key=lambda k: rows[k][0].mean())
         per_class = [rows[key][0][judged["labels"] == c].mean().item() for c in range(10)]
-        print(f"best {kind}: {key[1]}, step {key[2]}, IoU {rows[key][0].mean():.3f} at {rows[key][1]:.2f}; by class",
-              " ".join(f"{name} {v:.2f}" for name, v in zip(common.DIGIT_NAMES, per_class, strict=True)))  # fmt: skip
+        by_class = " ".join(f"{n} {v:.2f}" for n, v in zip(common.DIGIT_NAMES, per_class, strict=True))
+        value, threshold = rows[key][0].mean(), rows[key][1]
+        print(
+            f"best {kind}: {key[1]}, step {key[2]}, IoU {value:.3f} at threshold {threshold:.2f}; {by_class}"
+        )
     image = judged["images"].permute(0, 3, 1, 2).float() / 255
     expand = lambda m: m[:, None].float().expand(-1, 3, -1, -1)  # noqa: E731
     rows_of = [image, expand(judged["masks"])] + [

@@ -8,6 +8,7 @@ Both losses on for every image, guide and attention mask on: the most expensive 
 """
 
 import argparse
+import math
 import sys
 import time
 from pathlib import Path
@@ -27,8 +28,8 @@ def stable_diffusion_21(device):
 
     tokenizer = common.build_tokenizer(["a", "photo", "of", *common.DIGIT_NAMES], max_length=77)
     text = CLIPTextConfig(
-        vocab_size=49408, hidden_size=1024, intermediate_size=4096, num_hidden_layers=23, num_attention_heads=16,
-        hidden_act="gelu",
+        vocab_size=49408, hidden_size=1024, intermediate_size=4096, num_hidden_layers=23,
+        num_attention_heads=16, hidden_act="gelu",
     )  # fmt: skip
     unet = dict(
         sample_size=64, block_out_channels=(320, 640, 1280, 1280), attention_head_dim=(5, 10, 20, 20),
@@ -101,7 +102,7 @@ def main() -> None:
 
     name = torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} threads"
     print(
-        f"{name}; torch {torch.__version__}; {options.steps} steps, {pixels}x{pixels}, median of {options.rounds}"
+        f"{name}; torch {torch.__version__}; {options.steps} steps, {pixels} px, median of {options.rounds}"
     )
     print("| batch | what | s/image | ratio to stock | peak GPU memory, GiB |\n|---|---|---|---|---|")
     for b in options.batch_sizes or [16]:
@@ -123,7 +124,7 @@ def main() -> None:
             values = torch.tensor(values)
             ratio = (values / base).median()
             print(
-                f"| {b} | {what} | {values.median():.4f} | {ratio:.2f} | {memory.get(what, float('nan')):.1f} |"
+                f"| {b} | {what} | {values.median():.4f} | {ratio:.2f} | {memory.get(what, math.nan):.1f} |"
             )
 
 

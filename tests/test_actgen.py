@@ -271,7 +271,8 @@ def test_the_contrastive_loss_moves_images_away_from_the_bank(pipe, guides):
             pipe, images, labels, NAMES, generators=generators(48), bank=bank, nu=nu, **DIGITS
         )
         distance[nu] = torch.stack([
-            (z - bank[y]).flatten(1).norm(dim=1).mean() for z, y in zip(out.latents, labels.tolist(), strict=True)
+            (z - bank[y]).flatten(1).norm(dim=1).mean()
+            for z, y in zip(out.latents, labels.tolist(), strict=True)
         ])  # fmt: skip
     assert ttest_rel(distance[1.0], distance[0.0], alternative="greater").pvalue < 0.01
 
