@@ -462,7 +462,7 @@ def plan_epoch(args: Args, logits: torch.Tensor, labels: torch.Tensor, epoch: in
 
 
 def generate_epoch(args, run, accelerator, pipe, classifier, genval, class_names, plan, bank, epoch):
-    """Carries out the plan of an epoch, a batch at a time, split over the processes; yields its batches.
+    """Carries out the plan of an epoch, a batch at a time, split over the processes; returns its batches.
 
     A batch's latents and records lie in latents/, written last, so an interrupted epoch goes on with the next
     batch. The bank holds earlier epochs only: a batch depends on no other, whatever the order and process.
@@ -471,9 +471,10 @@ def generate_epoch(args, run, accelerator, pipe, classifier, genval, class_names
     files = [run.path / "latents" / f"{epoch:03d}-{b:04d}.pt" for b in range(math.ceil(n / size))]
     folders, pixels = common.class_folders(class_names), common.resolution(pipe)
     guide_images = common.Images(genval.sources, genval.labels, common.make_transforms(pixels, "none")[1])
-    todo = [b for b, file in enumerate(files) if not file.exists()]
-    mine = todo[accelerator.process_index :: accelerator.num_processes]
+    mine = range(accelerator.process_index, len(files), accelerator.num_processes)
     for b in tqdm(mine, f"epoch {epoch + 1}: generating", leave=False, disable=not run.main):
+        if files[b].exists():
+            continue
         images = range(b * size, min(n, (b + 1) * size))
         guide, label, guided, adversarial, centre = (
             [plan[key][j] for j in images] for key in ("guide", "label", "guided", "adversarial", "centre")
@@ -510,8 +511,7 @@ def generate_epoch(args, run, accelerator, pipe, classifier, genval, class_names
                 common.save_grid(triples.flatten(0, 1), path, columns=12, scale=max(1, 64 // pixels))
         common.save_atomically({"latents": out.latents.cpu(), "records": records}, files[b])
     accelerator.wait_for_everyone()
-    for file in files:
-        yield torch.load(file, weights_only=True)
+    return [torch.load(file, weights_only=True) for file in files]
 
 
 SAMPLER_ARGS = (
@@ -617,10 +617,10 @@ def train(args: Args, run: common.Run, accelerator, data: common.Data, pipe=None
                 )
                 progress["log"][-1]["misclassified"] = progress["plan"]["wrong"]
                 save()
-            batches = generate_epoch(
+            judge.eval()
+            for batch in generate_epoch(
                 args, run, accelerator, pipe, judge, genval, data.class_names, progress["plan"], bank, epoch
-            )
-            for batch in list(batches):  # the bank changes only when the whole epoch is drawn
+            ):
                 add_synthetic(batch)
             run.write_lines("synthetic/metadata.jsonl", records)
             progress["generation"] += time.time() - clock
