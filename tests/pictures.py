@@ -2,9 +2,9 @@
 
     python tests/pictures.py          about two minutes on two cores
 
-actgen.png: guide | mask | generated, for twelve test digits. losses.png: the same guides and seeds with no loss, with
-L_contra (bank: the images of the row before), with L_adv, with both; the classifier is the oracle, whose mean
-cross-entropy and whose distance to the bank are printed.
+actgen.png: guide | mask | generated, for twelve test digits. losses.png: the guides, then the same guides and
+seeds with no loss, with L_contra (its bank: the images without a loss), with L_adv, with both; the classifier is
+the oracle. Prints, over 24 guides, its cross-entropy and the distance to the bank.
 """
 
 import sys
@@ -51,12 +51,9 @@ def main() -> None:
     for name, out in rows.items():
         loss = F.cross_entropy(classifier(out.images), labels).item()
         right = (classifier(out.images).argmax(1) == labels).float().mean().item()
-        distance = torch.stack([
-            (z - bank[y]).flatten(1).norm(dim=1).mean() for z, y in zip(out.latents, labels.tolist(), strict=True)
-        ])  # fmt: skip
-        print(
-            f"{name:15} oracle's loss {loss:.3f}, right {right:.2f}, distance to the bank {distance.mean():.2f}"
-        )
+        pairs = zip(out.latents, labels.tolist(), strict=True)
+        distance = torch.stack([(z - bank[y]).flatten(1).norm(dim=1).mean() for z, y in pairs]).mean()
+        print(f"{name:15} oracle's loss {loss:.3f}, right {right:.2f}, distance to the bank {distance:.2f}")
     grid = torch.cat([guides[:12], *(out.images[:12] for out in rows.values())])
     common.save_grid(grid, OUT / "losses.png", columns=12, scale=2)
 
