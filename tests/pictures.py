@@ -3,7 +3,7 @@
     python tests/pictures.py          about two minutes on two cores
 
 actgen.png: guide | mask | generated, for twelve test digits. losses.png: the guides, then the same guides and
-seeds with no loss, with L_contra (its bank: the images without a loss), with L_adv, with both; the classifier is
+seeds with no loss, with L_contra (bank: the images without a loss), with L_adv, with both; the classifier is
 the oracle. Prints, over 24 guides, its cross-entropy and the distance to the bank.
 """
 
