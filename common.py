@@ -7,9 +7,11 @@ Images are float [B, 3, H, W] in [0, 1] between functions; latents are scaled by
 Random draws come from generators passed in, one per image, so that batch size never changes a result.
 """
 
+import argparse
 import copy
 import errno
 import fcntl
+import itertools
 import json
 import math
 import os
@@ -217,9 +219,12 @@ def open_image(source) -> Image.Image:
     """A PIL image in RGB, upright by its EXIF tag, first frame if animated. UserError names a bad file."""
     if isinstance(source, Image.Image):
         return source
-    if isinstance(source, tuple):
-        return source[0][source[1]][0].convert("RGB")
     try:
+        if isinstance(source, tuple):
+            dataset, i = source
+            for attribute in ("samples", "_images", "_samples"):
+                source = getattr(dataset, attribute, [source] * (i + 1))[i]
+            return dataset[i][0].convert("RGB")
         with Image.open(source) as image:
             image = ImageOps.exif_transpose(image)
             if image.mode.startswith(("I", "F")):  # 16-bit grey: PIL's own conversion would clip at 255
@@ -240,6 +245,8 @@ def make_transforms(size: int, augment: str):
     tensor = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True)]
     square = [v2.Resize(size), v2.CenterCrop(size)]
     pad = max(1, size // 8)
+    if augment not in ("digits", "crop", "resized", "none"):
+        raise UserError(f"unknown augment '{augment}'; choose one of: digits, crop, resized, none")
     train = {
         "digits": [*square, v2.RandomCrop(size, padding=pad // 2, padding_mode="reflect")],
         "crop": [*square, v2.RandomCrop(size, padding=pad), v2.RandomHorizontalFlip()],
@@ -351,7 +358,9 @@ def _folder(root: str) -> Data:
             )
         sources, labels = [], []
         for c in classes:
-            files = sorted(p for p in (folder / c).rglob("*") if p.suffix.lower() in extensions)
+            files = sorted(
+                p for p in (folder / c).rglob("*") if p.suffix.lower() in extensions and p.name[0] != "."
+            )
             if not files:
                 raise UserError(f"the class folder {folder / c} has no images")
             sources += files
@@ -514,6 +523,8 @@ def build_classifier(
                 )
             model = models.VisionTransformer(size, 16, 12, 6, 384, 1536, num_classes=classes)
         else:
+            if name == "vit_b_16" and pretrained and size != 224:
+                raise UserError("a pretrained vit_b_16 takes images of 224 pixels; see --image_size")
             extra = {"image_size": size} if name == "vit_b_16" and not pretrained else {}
             name = "vgg16_bn" if name == "vgg16" else name
             model = models.get_model(name, weights="DEFAULT" if pretrained else None, **extra)
@@ -692,6 +703,9 @@ def train_epoch(model, loader, optimizer, lr_at, accelerator, ema=None) -> dict[
         correct += (logits.detach().argmax(1) == y).sum()
     if not torch.isfinite(loss_sum):
         raise UserError("the training loss is not a number; lower --lr")
+    if accelerator.num_processes > 1:  # batch-norm statistics: every process judges with the first one's
+        for buffer in itertools.chain(model.buffers(), ema.buffers() if ema is not None else []):
+            torch.distributed.broadcast(buffer, 0)
     return {"loss": float(loss_sum) / total, "accuracy": float(correct) / total}
 
 
@@ -774,7 +788,11 @@ def confidence_interval(values) -> tuple[float, float]:
 
 def cli(main, args_class) -> None:
     """Parses the command line into `args_class`, runs main(args); a user's mistake: one line, status 2."""
-    parser = HfArgumentParser(args_class, description=sys.modules["__main__"].__doc__.strip().split("\n")[0])
+    parser = HfArgumentParser(
+        args_class,
+        description=sys.modules["__main__"].__doc__.strip().split("\n")[0],
+        usage=argparse.SUPPRESS,
+    )
     args, unknown = parser.parse_args_into_dataclasses(return_remaining_strings=True)
     if unknown:
         parser.error(f"unknown arguments: {' '.join(unknown)}; --help lists them")
@@ -783,11 +801,21 @@ def cli(main, args_class) -> None:
         main(args)
         return
     except UserError as error:
-        message = str(error)
+        message = " ".join(
+            str(error).rpartition("UserError: ")[2].split()
+        )  # a worker's comes with its traceback
     except torch.OutOfMemoryError:
         message = "out of GPU memory; lower --generation_batch_size (or --batch_size if it was training)"
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
+        if error.errno not in (
+            errno.ENOSPC,
+            errno.EDQUOT,
+            errno.EROFS,
+            errno.EACCES,
+            errno.EPERM,
+            errno.EEXIST,
+            errno.ENOTDIR,
+        ):
             raise
         where = f" ({error.filename})" if error.filename else ""
         message = f"cannot write{where}: {error.strerror}; free some space or give another --out, then go on"
@@ -808,10 +836,7 @@ class Run:
         self.path, self.main = Path(path), accelerator.is_main_process
         config = {k: v for k, v in vars(args).items()}
         if self.main:
-            if args.overwrite and (self.path / "config.json").exists():
-                shutil.rmtree(self.path)
-            for sub in ("", "samples", "synthetic", "latents"):
-                (self.path / sub).mkdir(parents=True, exist_ok=True)
+            self.path.mkdir(parents=True, exist_ok=True)
             self._lock = open(self.path / ".lock", "w")
             try:
                 fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -819,9 +844,15 @@ class Run:
                 raise UserError(
                     f"another process is running in {self.path}; wait for it or give another --out"
                 ) from None
-            if (self.path / "config.json").exists():
+            if args.overwrite and (self.path / "config.json").exists():
+                for old in self.path.iterdir():
+                    if old.name != ".lock":
+                        shutil.rmtree(old) if old.is_dir() else old.unlink()
+            for sub in ("samples", "synthetic", "latents"):
+                (self.path / sub).mkdir(exist_ok=True)
+            if any(self.path.glob("*.pt")):
                 old = json.loads((self.path / "config.json").read_text())["args"]
-                free = {"out", "overwrite", "workers", "data_dir", *free}
+                free = {"out", "overwrite", "data_dir", *free}
                 differ = [k for k in config if k not in free and old.get(k) != config[k]]
                 if differ:
                     k = differ[0]
@@ -853,7 +884,7 @@ class Run:
             return torch.load(path, weights_only=True, map_location=self.device)
         except Exception as error:
             raise UserError(
-                f"cannot read {path} ({error}); delete it or give --overwrite to start afresh"
+                f"cannot read {path} ({str(error)[:80]}); delete it or give --overwrite to start afresh"
             ) from None
 
     def write_lines(self, name: str, lines: list[dict]) -> None:
@@ -889,8 +920,14 @@ def save_atomically(state: dict, path: Path) -> None:
 
 def class_folders(class_names: list[str]) -> list[str]:
     """A folder name for each class: its name without what file systems refuse, cut at 100 characters."""
-    folders = [re.sub(r"[^\w .()'-]", "_", name)[:100].strip(" .") or "_" for name in class_names]
-    return [f if folders.count(f) == 1 else f"{f[:90]} {i}" for i, f in enumerate(folders)]
+    folders = []
+    for name in class_names:
+        clean = re.sub(r"[^\w .()'-]", "_", name).encode()[:100].decode(errors="ignore").strip(" .") or "_"
+        folder, i = clean, 1
+        while folder.lower() in {f.lower() for f in folders}:
+            folder, i = f"{clean} {i}", i + 1
+        folders.append(folder)
+    return folders
 
 
 def keep_small(path: Path, size: int):
@@ -958,10 +995,10 @@ def save_curves(series: dict[str, list[dict]], path: Path) -> None:
     for i, (name, lines) in enumerate(series.items()):
         epochs = [line["epoch"] for line in lines]
         for key, style in (("test", "-"), ("test_ood", "--")):
-            if lines and key in lines[0]:
-                accuracy.plot(
-                    epochs, [100 * line[key] for line in lines], f"C{i}{style}", label=f"{name}, {key}"
-                )
+            measured = [line for line in lines if key in line]
+            if measured:
+                x, y = [line["epoch"] for line in measured], [100 * line[key] for line in measured]
+                accuracy.plot(x, y, f"C{i}{style}", label=f"{name}, {key}")
         loss.plot(epochs, [line["loss"] for line in lines], f"C{i}-", label=name)
     accuracy.set(xlabel="epoch", ylabel="accuracy (%)")
     loss.set(xlabel="epoch", ylabel="training loss", yscale="log")
@@ -992,6 +1029,11 @@ def build_tokenizer(words: list[str], max_length: int = 16):
                 tokens.append(left)
     tokens += ["<|startoftext|>", "<|endoftext|>"]
     vocab = {token: i for i, token in enumerate(tokens)}
+    for word in words:  # an earlier word's merges may have split this one otherwise ("re" in "green")
+        pieces = CLIPTokenizer(vocab=vocab, merges=merges).tokenize(word)
+        while len(pieces) > 1:
+            merges.append((pieces[0], pieces[1]))
+            pieces = [pieces[0] + pieces[1], *pieces[2:]]
     return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=max_length)
 
 
