@@ -1099,7 +1099,7 @@ class Args:
     images: int = HfArg(default=40000, help="renders of the web pool to train on")
     oracle_epochs: int = HfArg(default=6, help="epochs of the oracle classifier")
     vae_steps: int = HfArg(default=2500, help="autoencoder steps, batch 64")
-    steps: int = HfArg(default=8000, help="U-Net and text encoder steps")
+    steps: int = HfArg(default=9000, help="U-Net and text encoder steps")
     batch_size: int = HfArg(default=64, help="U-Net batch size")
     lr: float = HfArg(default=1.5e-3, help="U-Net peak learning rate")
     seed: int = HfArg(default=0, help="seed of every draw")
