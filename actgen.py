@@ -667,7 +667,7 @@ def resolve(args: Args) -> Args:
 
 def run_once(args: Args, accelerator) -> dict:
     """One run in args.out, with its real-only baseline; a finished run's result is read from its folder."""
-    run = common.Run(args.out, args, accelerator)
+    run = common.Run(args.out, args, accelerator, free=("seeds",))
     if result := run.result():
         if run.main:
             print(f"{run.path} is finished; --overwrite starts it afresh")

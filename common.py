@@ -1214,15 +1214,18 @@ def _fit(model, loss_of, steps, lr, weight_decay, clip, file) -> None:
 
 
 def save_digits_sd(pipe, ema: nn.ModuleDict, oracle: nn.Module, folder: Path) -> None:
-    """Writes the pipeline with the averaged weights, and the oracle, as fp16 safetensors."""
+    """Writes the pipeline with the averaged weights, and the oracle, as fp16 safetensors.
+
+    The text encoder stays fp32: transformers loads it as it is stored, diffusers the other parts as fp32.
+    """
     from safetensors.torch import save_file
 
     half = copy.copy(pipe)
     half.unet, half.text_encoder = copy.deepcopy(ema["unet"]), copy.deepcopy(ema["text_encoder"])
     half.vae = copy.deepcopy(pipe.vae)
     half.unet.to(memory_format=torch.contiguous_format)
-    for part in (half.unet, half.text_encoder, half.vae):
-        part.half()
+    half.unet.half()
+    half.vae.half()
     half.save_pretrained(folder)
     (folder / "oracle").mkdir(exist_ok=True)
     save_file(copy.deepcopy(oracle).half().state_dict(), folder / "oracle" / "model.safetensors")
