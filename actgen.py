@@ -21,7 +21,9 @@ Paper to code:
 """
 
 import dataclasses
+import json
 import math
+import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -707,9 +709,11 @@ def report(result: dict, out: str) -> None:
     print(f"{generated}, {training:.0f} s of training; {out}")
 
 
-# The paper's ablation: every rung adds one part, all with the same number of synthetic images.
+# The paper's ablation: every rung adds one part, all with the same number of synthetic images. The second rung
+# is a control: synthetic images bring more training steps with them, so real images get as many.
 LADDER = {
     "real only": dict(real_only=True),
+    "real only, as many steps": dict(real_only=True),
     "random generation": dict(random_generation=True),
     "+ image guidance": dict(attention_mask=False, contrastive_weight=0.0, adversarial_weight=0.0),
     "+ attention mask": dict(contrastive_weight=0.0, adversarial_weight=0.0),
@@ -718,14 +722,25 @@ LADDER = {
 }
 
 
+def equal_epochs(args: Args, real: int) -> int:
+    """Epochs on `real` images alone that see as many images as args.epochs with active generation do."""
+    half, held_out = args.epochs // 2, 0 if args.few_shot else args.genval_share * real
+    synthetic = args.images_per_epoch * (half * (half - 1) / 2 + half * (args.epochs - half))
+    return round((real * args.epochs - held_out * half + synthetic) / real)
+
+
 def ladder(args: Args, accelerator) -> None:
     """Runs LADDER over args.seeds seeds, skipping finished runs; writes its table to ladder.json and .md."""
     top1 = {}
     for seed in range(args.seed, args.seed + args.seeds):
         for rung, changes in LADDER.items():
-            out = str(Path(args.out) / f"{rung.strip('+ ').replace(' ', '-')}-s{seed}")
+            out = str(Path(args.out) / f"{re.sub('[+, ]+', '-', rung).strip('-')}-s{seed}")
             changed = dataclasses.replace(args, **changes, seed=seed, out=out, baseline=False, ladder=False)
+            if rung == "real only, as many steps":
+                changed.epochs = equal_epochs(args, real)
             result = run_once(changed, accelerator)
+            if rung == "real only":
+                real = json.loads((Path(out) / "metrics.jsonl").read_text().split("\n")[0])["images"]
             for split, score in result.get("active", result.get("baseline")).items():
                 if isinstance(score, dict):
                     top1.setdefault(split, {}).setdefault(rung, []).append(100 * score["top1"])

@@ -287,6 +287,12 @@ def test_the_curriculum_goes_from_half_text_only_to_half_adversarial():
     assert np.allclose(np.diff(r), -0.5 / 19)
 
 
+def test_the_control_sees_as_many_images_as_active_training():
+    args = actgen.resolve(actgen.Args(epochs=6, images_per_epoch=10, genval_share=0.25))
+    epochs = [75, 75 + 10, 75 + 20, 100 + 30, 100 + 30, 100 + 30]  # gen-val of 25 merges at half time
+    assert actgen.equal_epochs(args, 100) == round(sum(epochs) / 100)
+
+
 def plan(logits, labels, epoch=19, **changes):
     args = actgen.resolve(actgen.Args(images_per_epoch=12, epochs=40, **changes))
     return actgen.plan_epoch(args, logits, labels, epoch)
