@@ -691,6 +691,7 @@ def run_once(args: Args, accelerator) -> dict:
         logs = {"real only" if k == "baseline" else "ActGen": v.pop("log") for k, v in result.items()}
         common.save_curves(logs, run.path / "curves.png")
         run.write_json("result.json", result)
+    accelerator.wait_for_everyone()
     return result
 
 
@@ -709,8 +710,8 @@ def report(result: dict, out: str) -> None:
     print(f"{generated}, {training:.0f} s of training; {out}")
 
 
-# The paper's ablation: every rung adds one part, all with the same number of synthetic images. The second rung
-# is a control: synthetic images bring more training steps with them, so real images get as many.
+# The paper's ablation: every rung adds one part, all with the same number of synthetic images. The second is a
+# control: synthetic images bring more training steps with them, so real images get as many.
 LADDER = {
     "real only": dict(real_only=True),
     "real only, as many steps": dict(real_only=True),
@@ -731,7 +732,7 @@ def equal_epochs(args: Args, real: int) -> int:
 
 def ladder(args: Args, accelerator) -> None:
     """Runs LADDER over args.seeds seeds, skipping finished runs; writes its table to ladder.json and .md."""
-    top1 = {}
+    top1, real = {}, 0
     for seed in range(args.seed, args.seed + args.seeds):
         for rung, changes in LADDER.items():
             out = str(Path(args.out) / f"{re.sub('[+, ]+', '-', rung).strip('-')}-s{seed}")
