@@ -710,7 +710,7 @@ def report(result: dict, out: str) -> None:
     print(f"{generated}, {training:.0f} s of training; {out}")
 
 
-# The paper's ablation: every rung adds one part, all with the same number of synthetic images. The second is a
+# The paper's ablation: every rung adds one part, all with as many synthetic images. The second rung is a
 # control: synthetic images bring more training steps with them, so real images get as many.
 LADDER = {
     "real only": dict(real_only=True),
