@@ -8,7 +8,6 @@ Both losses on for every image, guide and attention mask on: the most expensive 
 """
 
 import argparse
-import math
 import sys
 import time
 from pathlib import Path
@@ -116,16 +115,14 @@ def main() -> None:
                 run(b)
                 if gpu:
                     torch.cuda.synchronize()
-                    memory[run.__name__] = torch.cuda.max_memory_allocated() / 2**30
+                    memory[run.__name__] = f"{torch.cuda.max_memory_allocated() / 2**30:.1f}"
                 if turn:
                     seconds.setdefault(run.__name__, []).append((time.perf_counter() - clock) / b)
         base = torch.tensor(seconds["stock"])
         for what, values in seconds.items():
             values = torch.tensor(values)
             ratio = (values / base).median()
-            print(
-                f"| {b} | {what} | {values.median():.4f} | {ratio:.2f} | {memory.get(what, math.nan):.1f} |"
-            )
+            print(f"| {b} | {what} | {values.median():.4f} | {ratio:.2f} | {memory.get(what, '-')} |")
 
 
 if __name__ == "__main__":
