@@ -110,6 +110,38 @@ def test_ddpm_step_is_the_stock_schedulers(pipe):
             )
 
 
+def test_a_pipeline_in_stable_diffusion_21s_layout_is_loaded_and_guided(tmp_path, oracle):
+    """Four levels, heads per level, 8x autoencoder, 77 tokens, PNDM; thin random weights."""
+    from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    widths = (8, 16, 16, 16)
+    vae = AutoencoderKL(
+        sample_size=256, block_out_channels=widths, down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4, layers_per_block=2, latent_channels=4, norm_num_groups=8,
+    )  # fmt: skip
+    unet = UNet2DConditionModel(
+        sample_size=32, block_out_channels=widths, attention_head_dim=(1, 2, 4, 4), cross_attention_dim=32,
+        use_linear_projection=True, norm_num_groups=8,
+    )  # fmt: skip
+    text = CLIPTextModel(
+        CLIPTextConfig(vocab_size=600, hidden_size=32, intermediate_size=64, num_hidden_layers=2)
+    )
+    StableDiffusionPipeline(
+        vae=vae, unet=unet, text_encoder=text, tokenizer=common.build_tokenizer(["photo"], max_length=77),
+        scheduler=PNDMScheduler(beta_schedule="scaled_linear", skip_prk_steps=True, steps_offset=1),
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    ).save_pretrained(tmp_path)  # fmt: skip
+    pipe = common.load_pipeline(str(tmp_path))
+    assert isinstance(pipe.scheduler, DDPMScheduler) and common.resolution(pipe) == 256
+    out = actgen.generate(
+        pipe, torch.rand(2, 3, 256, 256), torch.tensor([0, 1]), ["guinea pig", "owl"], oracle,
+        generators=generators(2), bank={0: torch.zeros(1, 4, 32, 32)}, steps=3, classifier_size=32,
+    )  # fmt: skip
+    assert out.images.shape == (2, 3, 256, 256) and out.images.isfinite().all()
+    assert out.masks.shape == (2, 1, 8, 8) and torch.equal(out.masks.amax((1, 2, 3)), torch.ones(2))
+
+
 # --- the mask
 
 

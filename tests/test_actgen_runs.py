@@ -115,7 +115,7 @@ def test_a_run_writes_all_its_files(finished):
         printed = re.search(rf"^{split} +accuracy: baseline (.+) %, active (.+) % ", stdout, re.M)
         expected = [f"{100 * result[k][split]['top1']:.1f}" for k in ("baseline", "active")]
         assert [*printed.groups()] == expected and metrics[-1][split] == result["active"][split]["top1"]
-    assert "latents" in torch.load(out / "latents" / "000-0000.pt", weights_only=True)
+    assert "latents" in torch.load(out / "latents" / "0000-0000.pt", weights_only=True)
     assert torch.load(out / "checkpoint.pt", weights_only=True)["progress"]["epoch"] == 4
 
 
