@@ -473,7 +473,7 @@ def generate_epoch(args, run, accelerator, pipe, classifier, genval, class_names
     n, size = len(plan["label"]), args.generation_batch_size
     files = [run.path / "latents" / f"{epoch:04d}-{b:04d}.pt" for b in range(math.ceil(n / size))]
     folders, pixels = common.class_folders(class_names), common.resolution(pipe)
-    guide_images = common.Images(genval.sources, genval.labels, common.make_transforms(pixels, "none")[1])
+    guide_images = genval.subset(range(len(genval)), common.make_transforms(pixels, "none")[1])
     mine = range(accelerator.process_index, len(files), accelerator.num_processes)
     for b in tqdm(mine, f"epoch {epoch + 1}: generating", leave=False, disable=not run.main):
         if files[b].exists():

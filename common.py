@@ -865,11 +865,15 @@ class Run:
         accelerator.wait_for_everyone()
         self.device = accelerator.device
 
+    def write_text(self, name: str, text: str) -> None:
+        """Writes a file, whole or not at all."""
+        if self.main:
+            temporary = self.path / (name + ".tmp")
+            temporary.write_text(text)
+            os.replace(temporary, self.path / name)
+
     def write_json(self, name: str, value) -> None:
-        """Writes JSON, whole or not at all."""
-        temporary = self.path / (name + ".tmp")
-        temporary.write_text(json.dumps(value, indent=1))
-        os.replace(temporary, self.path / name)
+        self.write_text(name, json.dumps(value, indent=1))
 
     def save(self, name: str, state: dict) -> None:
         if self.main:
@@ -888,11 +892,8 @@ class Run:
             ) from None
 
     def write_lines(self, name: str, lines: list[dict]) -> None:
-        """Writes JSON lines (metrics.jsonl, metadata.jsonl), whole or not at all."""
-        if self.main:
-            temporary = self.path / (name + ".tmp")
-            temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
-            os.replace(temporary, self.path / name)
+        """Writes JSON lines (metrics.jsonl, metadata.jsonl)."""
+        self.write_text(name, "".join(json.dumps(line) + "\n" for line in lines))
 
     def result(self) -> dict | None:
         """The result of a finished run."""
