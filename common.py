@@ -9,6 +9,7 @@ Random draws come from generators passed in, one per image, so that batch size n
 
 import argparse
 import copy
+import dataclasses
 import errno
 import fcntl
 import itertools
@@ -206,13 +207,18 @@ class Images(torch.utils.data.Dataset):
 
 @dataclass
 class Data:
-    """The splits of a data set; `val` and `test_ood` where there are such."""
+    """The splits of a data set; `val` and `test_ood` where there are such.
+
+    `unlabelled`: further training images whose labels no method may use: what a few-shot draw left, stl10's
+    unlabelled part (labels -1).
+    """
 
     class_names: list[str]
     train: Images
     test: Images
     val: Images | None = None
     test_ood: Images | None = None
+    unlabelled: Images | None = None
 
 
 def open_image(source) -> Image.Image:
@@ -267,18 +273,27 @@ def english(name: str) -> str:
 DATASETS = "digits cifar10 cifar100 stl10 caltech101 pets cars eurosat imagenet coco folder".split()
 
 
-def load_data(name: str, data_dir: str, size: int, augment: str, per_class: int = 0, seed: int = 0) -> Data:
+def load_data(
+    name: str,
+    data_dir: str,
+    size: int,
+    augment: str,
+    per_class: int = 0,
+    seed: int = 0,
+    unlabelled: bool = False,
+) -> Data:
     """The splits of one of DATASETS, its training split cut to `per_class` images a class if that is > 0.
 
     data_dir: where the files are or are downloaded to (torchvision's layouts; coco: `annotations/` beside
     `train2017/` and `val2017/`; folder: `train/CLASS/*`, `test/CLASS/*`, optional `val/` and `test_ood/`).
+    unlabelled: stl10's large unlabelled part, too.
     Raises UserError for an unknown name, missing files, an empty class, too few images of a class.
     """
     if name not in DATASETS:
         raise UserError(f"unknown dataset '{name}'; choose one of: {', '.join(DATASETS)}")
     train, rest = make_transforms(size, augment)
     loaders = {"digits": _digits, "folder": _folder, "coco": _coco}
-    data = loaders[name](data_dir) if name in loaders else _torchvision(name, data_dir)
+    data = loaders[name](data_dir) if name in loaders else _torchvision(name, data_dir, unlabelled)
     data.class_names = [english(n) for n in data.class_names]
     data.train.transform = train
     for split in (data.test, data.val, data.test_ood):
@@ -295,7 +310,10 @@ def load_data(name: str, data_dir: str, size: int, augment: str, per_class: int 
                 f"{per_class} images per class asked for, but class '{data.class_names[worst]}' has "
                 f"{counts[worst]}; lower --examples_per_class"
             )
-        data.train = data.train.subset(draw_per_class(data.train.labels, per_class, seed))
+        drawn = draw_per_class(data.train.labels, per_class, seed)
+        rest = np.setdiff1d(np.arange(len(data.train)), drawn)
+        data.unlabelled = data.unlabelled or data.train.subset(rest)
+        data.train = data.train.subset(drawn)
     return data
 
 
@@ -393,7 +411,7 @@ def _coco(root: str) -> Data:
     return Data(class_names=names, **splits)
 
 
-def _torchvision(name: str, root: str) -> Data:
+def _torchvision(name: str, root: str, unlabelled: bool = False) -> Data:
     from torchvision import datasets as tv
 
     kinds = {
@@ -434,7 +452,10 @@ def _torchvision(name: str, root: str) -> Data:
         everything = images(train)
         rest, held = split_per_class(everything.labels, 0.2, seed=0)
         return Data(names, everything.subset(rest), everything.subset(held))
-    return Data(names, images(train), images(load(False)))
+    data = Data(names, images(train), images(load(False)))
+    if name == "stl10" and unlabelled:
+        data.unlabelled = images(tv.STL10(root, split="unlabeled"))
+    return data
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -510,7 +531,7 @@ def build_classifier(
 
     classes = len(class_names)
     if name == "small_cnn":
-        return SmallCNN(classes)
+        return SmallCNN(classes).to(memory_format=torch.channels_last)  # a fifth faster on the CPU
     if name == "clip":
         return Normalised(CLIPClassifier(clip, class_names), *CLIP_MEAN_STD)
     if name not in CLASSIFIERS:
@@ -661,20 +682,27 @@ def evaluation_splits(data: Data) -> dict[str, Images]:
     return {name: images for name, images in splits.items() if images is not None}
 
 
-def make_loader(images: Images, batch_size: int, accelerator, shuffle: bool = False, workers: int = 0):
-    """A DataLoader split over the processes; batch_size counts all of them."""
-    from accelerate.data_loader import (
-        prepare_data_loader,
-    )  # Accelerator.prepare would keep every loader alive
+def make_loader(
+    images: Images, batch_size: int, accelerator, shuffle: bool = False, workers: int = 0, samples: int = 0
+):
+    """A DataLoader split over the processes; batch_size counts all of them.
+
+    samples: draw this many images, in random order, again and again if there are fewer.
+    """
+    # Accelerator.prepare would keep every loader alive
+    from accelerate.data_loader import prepare_data_loader
 
     if batch_size % accelerator.num_processes:
         raise UserError(
             f"--batch_size {batch_size} cannot be split over {accelerator.num_processes} processes"
         )
-    pin = accelerator.device.type == "cuda"
-    loader = torch.utils.data.DataLoader(images, batch_size, shuffle, num_workers=workers, pin_memory=pin)
+    options = {"num_workers": workers, "pin_memory": accelerator.device.type == "cuda"}
+    if samples:
+        options["sampler"] = torch.utils.data.RandomSampler(images, num_samples=samples)
+    else:
+        options["shuffle"] = shuffle
     return prepare_data_loader(
-        loader,
+        torch.utils.data.DataLoader(images, batch_size, **options),
         accelerator.device,
         accelerator.num_processes,
         accelerator.process_index,
@@ -701,12 +729,22 @@ def train_epoch(model, loader, optimizer, lr_at, accelerator, ema=None) -> dict[
         total += len(y)
         loss_sum += loss.detach() * len(y)
         correct += (logits.detach().argmax(1) == y).sum()
-    if not torch.isfinite(loss_sum):
+    share_buffers(accelerator, model, ema)
+    return {"loss": finite(loss_sum) / total, "accuracy": float(correct) / total}
+
+
+def finite(loss: torch.Tensor) -> float:
+    """A sum of training losses as a number. Raises UserError if it is none."""
+    if not torch.isfinite(loss):
         raise UserError("the training loss is not a number; lower --lr")
-    if accelerator.num_processes > 1:  # batch-norm statistics: every process judges with the first one's
-        for buffer in itertools.chain(model.buffers(), ema.buffers() if ema is not None else []):
+    return float(loss)
+
+
+def share_buffers(accelerator, *models) -> None:
+    """Batch-norm statistics: every process judges with those of the first one."""
+    if accelerator.num_processes > 1:
+        for buffer in itertools.chain(*(model.buffers() for model in models if model is not None)):
             torch.distributed.broadcast(buffer, 0)
-    return {"loss": float(loss_sum) / total, "accuracy": float(correct) / total}
 
 
 @torch.no_grad()
@@ -737,6 +775,14 @@ def scores(logits: torch.Tensor, labels: torch.Tensor) -> dict:
             first[labels == c].mean().item() if (labels == c).any() else None for c in range(classes)
         ],
     }
+
+
+def judge_digits(images: Images, accelerator) -> tuple[torch.Tensor, torch.Tensor]:
+    """The oracle's features [N, 128] of images of the digits world, and the digits it reads [N]."""
+    oracle = load_oracle().to(accelerator.device)
+    head, oracle.fc = oracle.fc.cpu(), nn.Identity()
+    features, _ = predict(oracle, images, accelerator)
+    return features, head(features)[:, : ORACLE_HEADS[0]].argmax(1)
 
 
 def distribution_distances(real: torch.Tensor, fake: torch.Tensor, k: int = 3) -> dict[str, float]:
@@ -783,7 +829,41 @@ def confidence_interval(values) -> tuple[float, float]:
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Run folders
+# The command line and run folders
+
+
+@dataclass
+class RunArgs:
+    """Arguments of every method; "(recipe)": defaults to the data set's recipe in the method's script."""
+
+    dataset: str = HfArg(default="digits", help=", ".join(DATASETS))
+    data_dir: str = HfArg(default="data", help="where the data set is, or is downloaded to")
+    out: str | None = HfArg(default=None, help="run folder (runs/METHOD-DATASET-sSEED)")
+    overwrite: bool = HfArg(default=False, help="start afresh if the folder holds a run")
+    seed: int = HfArg(default=0, help="seed of every random draw")
+    ladder: bool = HfArg(default=False, help="run the ablation ladder over --seeds seeds")
+    seeds: int = HfArg(default=5, help="seeds of the ladder")
+    workers: int | None = HfArg(default=None, help="data loading processes (recipe)")
+    # the generator
+    diffusion: str | None = HfArg(default=None, help="model id or folder (recipe)")
+    prompt: str | None = HfArg(default=None, help="{} is the class name (recipe)")
+    steps: int | None = HfArg(default=None, help="sampling steps (recipe)")
+    guidance_scale: float | None = HfArg(default=None, help="classifier-free guidance (recipe)")
+    generation_batch_size: int | None = HfArg(default=None, help="images at a time (recipe)")
+    # data and classifier
+    examples_per_class: int | None = HfArg(default=None, help="few-shot draw, 0: all (recipe)")
+    classifier: str | None = HfArg(default=None, help=", ".join(CLASSIFIERS) + " (recipe)")
+    pretrained: bool | None = HfArg(default=None, help="ImageNet weights (recipe)")
+    clip: str = HfArg(default="openai/clip-vit-base-patch32", help="the CLIP model, where one is used")
+    image_size: int | None = HfArg(default=None, help="the classifier's pixels (recipe)")
+    augment: str | None = HfArg(default=None, help="digits, crop, resized or none (recipe)")
+    epochs: int | None = HfArg(default=None, help="epochs (recipe)")
+    batch_size: int | None = HfArg(default=None, help="training batch, all GPUs (recipe)")
+    optimizer: str | None = HfArg(default=None, help="sgd or adamw (recipe)")
+    lr: float | None = HfArg(default=None, help="peak learning rate, cosine schedule (recipe)")
+    weight_decay: float | None = HfArg(default=None, help="weight decay (recipe)")
+    warmup: float | None = HfArg(default=None, help="share of the epochs to warm up (recipe)")
+    eval_every: int | None = HfArg(default=None, help="epochs between evaluations (recipe)")
 
 
 def cli(main, args_class) -> None:
@@ -823,6 +903,66 @@ def cli(main, args_class) -> None:
         message = "stopped; the same command goes on from here"
     print(f"{name}: error: {message}", file=sys.stderr)
     sys.exit(2)
+
+
+def fill_recipe(args: RunArgs, recipes: dict[str, dict], method: str) -> RunArgs:
+    """A copy of args, the fields left open taken from the data set's recipe. UserError: a value cannot be."""
+    if args.dataset not in recipes:
+        raise UserError(f"unknown dataset '{args.dataset}'; choose one of: {', '.join(recipes)}")
+    args = dataclasses.replace(args)
+    for name, value in recipes[args.dataset].items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    args.out = args.out or f"runs/{method}-{args.dataset}{'-ladder' if args.ladder else ''}-s{args.seed}"
+    if "{}" not in args.prompt:
+        raise UserError(f"--prompt '{args.prompt}' has no {{}} for the class name")
+    for name in ("epochs", "batch_size", "generation_batch_size", "steps", "seeds", "eval_every"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name} {getattr(args, name)} must be at least 1")
+    for name in ("seed", "examples_per_class", "workers"):
+        if getattr(args, name) < 0:
+            raise UserError(f"--{name} {getattr(args, name)} must not be negative")
+    return args
+
+
+def report(result: dict[str, dict], out: str) -> None:
+    """The last lines printed: accuracy of each classifier in `result` (name: scores), images, seconds."""
+    first, *_, last = result.values()
+    for split in ("test", "test_ood"):
+        if split in first:
+            text = ", ".join(f"{name} {100 * r[split]['top1']:.1f} %" for name, r in result.items())
+            gain = f" ({100 * (last[split]['top1'] - first[split]['top1']):+.1f})" if len(result) > 1 else ""
+            print(f"{split:9}accuracy: {text}{gain}")
+    training, generation = (sum(r.get(key, 0) for r in result.values()) for key in ("training", "generation"))
+    images = max(r["synthetic"] for r in result.values())
+    print(f"{images} images generated in {generation:.0f} s, {training:.0f} s of training; {out}")
+
+
+def run_ladder(args: RunArgs, accelerator, rungs: dict[str, dict], run_once) -> None:
+    """run_once(args, accelerator) for every rung (name: changed arguments) and seed, skipping finished runs.
+
+    A rung's scores are those of the last classifier in its result; synthetic="RUNG" takes that rung's images.
+    Writes the table to ladder.json and ladder.md.
+    """
+    top1, distances = {}, {}
+    for seed in range(args.seed, args.seed + args.seeds):
+        out = {rung: str(Path(args.out) / f"{_file_name(rung)}-s{seed}") for rung in rungs}
+        for rung, changes in rungs.items():
+            changes = changes | {"seed": seed, "out": out[rung], "ladder": False}
+            if "synthetic" in changes:
+                changes["synthetic"] = out[changes["synthetic"]]
+            *_, last = run_once(dataclasses.replace(args, **changes), accelerator).values()
+            for split in ("test", "test_ood", "val"):
+                if split in last:
+                    top1.setdefault(split, {}).setdefault(rung, []).append(100 * last[split]["top1"])
+            for name, value in last.get("distances", {}).items():
+                distances.setdefault(name, {}).setdefault(rung, []).append(value)
+    if accelerator.is_main_process:
+        save_ladder(top1, Path(args.out), distances)
+
+
+def _file_name(rung: str) -> str:
+    return re.sub("[^a-zA-Z0-9]+", "-", rung).strip("-")
 
 
 class Run:
@@ -940,9 +1080,11 @@ def keep_small(path: Path, size: int):
 
 
 def save_png(image: torch.Tensor, path: Path) -> None:
-    """[3, H, W] in [0, 1] to a PNG file, its folder made if need be."""
+    """[3, H, W] in [0, 1] to a PNG file, whole or not at all, its folder made if need be."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    to_pil(image).save(path)
+    temporary = path.with_name(path.name + ".tmp")
+    to_pil(image).save(temporary, format="PNG")
+    os.replace(temporary, path)
 
 
 def to_pil(image: torch.Tensor) -> Image.Image:
@@ -959,52 +1101,58 @@ def save_grid(rows: torch.Tensor, path: Path, columns: int, scale: int = 1) -> N
     to_pil(grid.clamp(0, 1)).save(path)
 
 
-def save_ladder(top1: dict[str, dict[str, list[float]]], folder: Path) -> None:
+def save_ladder(top1: dict, folder: Path, distances: dict | None = None) -> None:
     """Prints and writes (ladder.json, ladder.md) top1[split][rung] = accuracies in %, one per seed.
 
-    A row: mean +- 95 % interval over the seeds, and the paired difference to the rung before.
+    A row: mean +- 95 % interval over the seeds, and the paired difference to the rung before; then the means
+    of distances[name][rung], where a rung has them.
     """
+    distances = distances or {}
     rungs = list(next(iter(top1.values())))
     seeds = len(next(iter(top1.values()))[rungs[0]])
     lines = [
-        "| rung |" + "".join(f" {s} | to the rung before |" for s in top1),
-        "|---|" + "---|---|" * len(top1),
+        "| rung |"
+        + "".join(f" {s} | to the rung before |" for s in top1)
+        + "".join(f" {d} |" for d in distances),
+        "|---|" + "---|---|" * len(top1) + "---|" * len(distances),
     ]
     for i, rung in enumerate(rungs):
         cells = []
         for values in top1.values():
             mean, half = confidence_interval(values[rung])
-            cells.append(f"{mean:.1f} ± {half:.1f}")
-            if i == 0:
-                cells.append("")
-                continue
-            mean, half = confidence_interval(np.subtract(values[rung], values[rungs[i - 1]]))
-            cells.append(f"{mean:+.1f} ± {half:.1f}")
+            cells += [f"{mean:.1f} ± {half:.1f}", ""]
+            if i > 0:
+                mean, half = confidence_interval(np.subtract(values[rung], values[rungs[i - 1]]))
+                cells[-1] = f"{mean:+.1f} ± {half:.1f}"
+        cells += [f"{np.mean(d[rung]):.3g}" if rung in d else "" for d in distances.values()]
         lines.append(f"| {rung} | " + " | ".join(cells) + " |")
     table = f"{seeds} seeds, mean ± 95 % interval, % top-1\n\n" + "\n".join(lines) + "\n"
-    (folder / "ladder.json").write_text(json.dumps(top1, indent=1))
+    (folder / "ladder.json").write_text(json.dumps({"top1": top1, "distances": distances}, indent=1))
     (folder / "ladder.md").write_text(table)
     print(table)
 
 
 def save_curves(series: dict[str, list[dict]], path: Path) -> None:
-    """Accuracy and loss over epochs, one colour per entry of `series` (its metrics lines)."""
+    """Accuracy, loss and, where there are pseudo-labels, their quality over epochs; a colour per series."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 3.6), layout="constrained")
-    accuracy, loss = figure.subplots(1, 2)
-    for i, (name, lines) in enumerate(series.items()):
-        epochs = [line["epoch"] for line in lines]
-        for key, style in (("test", "-"), ("test_ood", "--")):
-            measured = [line for line in lines if key in line]
-            if measured:
-                x, y = [line["epoch"] for line in measured], [100 * line[key] for line in measured]
-                accuracy.plot(x, y, f"C{i}{style}", label=f"{name}, {key}")
-        loss.plot(epochs, [line["loss"] for line in lines], f"C{i}-", label=name)
-    accuracy.set(xlabel="epoch", ylabel="accuracy (%)")
-    loss.set(xlabel="epoch", ylabel="training loss", yscale="log")
-    accuracy.legend()
-    loss.legend()
+    panels = {
+        "accuracy (%)": {"test": "-", "test_ood": "--"},
+        "training loss": {"loss": "-"},
+        "pseudo-labels (%)": {"labelled": "-", "label_accuracy": "--", "seed_accuracy": ":"},
+    }
+    if not any("labelled" in line for lines in series.values() for line in lines):
+        del panels["pseudo-labels (%)"]
+    figure = Figure(figsize=(5 * len(panels), 3.6), layout="constrained")
+    for axes, (title, keys) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
+        for i, (name, lines) in enumerate(series.items()):
+            for key, style in keys.items():
+                points = [(line["epoch"], line[key]) for line in lines if key in line]
+                if points:
+                    x, y = np.array(points).T
+                    axes.plot(x, y * (100 if "%" in title else 1), f"C{i}{style}", label=f"{name}, {key}")
+        axes.set(xlabel="epoch", ylabel=title, yscale="log" if "loss" in title else "linear")
+        axes.legend(fontsize="small")
     figure.savefig(path, dpi=110)
 
 

@@ -112,9 +112,9 @@ def test_a_run_writes_all_its_files(finished):
         assert min(Image.open(picture).size) >= 64
     result = json.loads((out / "result.json").read_text())
     for split in ("test", "test_ood"):
-        printed = re.search(rf"^{split} +accuracy: baseline (.+) %, active (.+) % ", stdout, re.M)
-        expected = [f"{100 * result[k][split]['top1']:.1f}" for k in ("baseline", "active")]
-        assert [*printed.groups()] == expected and metrics[-1][split] == result["active"][split]["top1"]
+        printed = re.search(rf"^{split} +accuracy: real only (.+) %, ActGen (.+) % ", stdout, re.M)
+        expected = [f"{100 * result[k][split]['top1']:.1f}" for k in ("real only", "ActGen")]
+        assert [*printed.groups()] == expected and metrics[-1][split] == result["ActGen"][split]["top1"]
     assert "latents" in torch.load(out / "latents" / "0000-0000.pt", weights_only=True)
     assert torch.load(out / "checkpoint.pt", weights_only=True)["progress"]["epoch"] == 4
 
