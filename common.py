@@ -19,6 +19,7 @@ import os
 import re
 import shutil
 import sys
+import textwrap
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -27,6 +28,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
+from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm.auto import tqdm
 from transformers.hf_argparser import HfArg, HfArgumentParser
@@ -325,11 +327,11 @@ def draw_per_class(labels, per_class: int, seed: int) -> np.ndarray:
     )
 
 
-def split_per_class(labels, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """(rest, held out): a random `share` of each class held out, rounded, so small classes may keep all."""
+def split_per_class(labels, share: float, seed: int, at_least: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """(rest, held out): a random `share` of each class held out, rounded, or `at_least` so many images."""
     labels, rng = np.asarray(labels), np.random.default_rng(seed)
     held = [
-        rng.permutation(np.flatnonzero(labels == c))[: round(share * np.sum(labels == c))]
+        rng.permutation(np.flatnonzero(labels == c))[: max(at_least, round(share * np.sum(labels == c)))]
         for c in np.unique(labels)
     ]
     held = np.sort(np.concatenate(held)).astype(int)
@@ -525,13 +527,17 @@ def build_classifier(
     """One of CLASSIFIERS for images [B, 3, size, size] in [0, 1] -> logits [B, len(class_names)].
 
     ResNets get the CIFAR stem (3x3, stride 1, no pooling) up to 64 pixels; pretrained: torchvision's ImageNet
-    weights (downloaded); clip: model id or folder of the CLIP classifier (always pretrained).
+    weights (downloaded), for the small CNN train_backbone's; clip: model id or folder of the CLIP classifier,
+    which is always pretrained.
     """
     from torchvision import models
 
     classes = len(class_names)
     if name == "small_cnn":
-        return SmallCNN(classes).to(memory_format=torch.channels_last)  # a fifth faster on the CPU
+        model = SmallCNN(classes)
+        if pretrained:
+            model.features.load_state_dict(load_file(ROOT / "digits_sd" / "backbone" / "model.safetensors"))
+        return model
     if name == "clip":
         return Normalised(CLIPClassifier(clip, class_names), *CLIP_MEAN_STD)
     if name not in CLASSIFIERS:
@@ -560,6 +566,13 @@ def build_classifier(
     else:
         model.heads.head = nn.Linear(model.heads.head.in_features, classes)
     return Normalised(model)
+
+
+def split_head(classifier: nn.Module) -> tuple[nn.Module, nn.Linear]:
+    """(backbone, head): the classifier, its last linear layer replaced by the identity, and that layer."""
+    name, head = [(n, m) for n, m in classifier.named_modules() if isinstance(m, nn.Linear)][-1]
+    classifier.set_submodule(name, nn.Identity())
+    return classifier, head
 
 
 CLIP_MEAN_STD = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
@@ -636,13 +649,14 @@ def generator(*key: int) -> torch.Generator:
 
 
 def make_optimizer(name: str, model: nn.Module, lr: float, weight_decay: float) -> torch.optim.Optimizer:
-    """ "sgd" (momentum 0.9) or "adamw" over the parameters that require a gradient."""
+    """ "sgd" (momentum 0.9), "adam" or "adamw" over the parameters that require a gradient."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     if name == "sgd":
         return torch.optim.SGD(parameters, lr, momentum=0.9, weight_decay=weight_decay)
-    if name == "adamw":
-        return torch.optim.AdamW(parameters, lr, weight_decay=weight_decay)
-    raise UserError(f"unknown optimizer '{name}'; choose sgd or adamw")
+    if name in ("adam", "adamw"):
+        kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[name]
+        return kind(parameters, lr, weight_decay=weight_decay)
+    raise UserError(f"unknown optimizer '{name}'; choose sgd, adam or adamw")
 
 
 def cosine(progress: float, warmup: float = 0.0) -> float:
@@ -859,7 +873,7 @@ class RunArgs:
     augment: str | None = HfArg(default=None, help="digits, crop, resized or none (recipe)")
     epochs: int | None = HfArg(default=None, help="epochs (recipe)")
     batch_size: int | None = HfArg(default=None, help="training batch, all GPUs (recipe)")
-    optimizer: str | None = HfArg(default=None, help="sgd or adamw (recipe)")
+    optimizer: str | None = HfArg(default=None, help="sgd, adam or adamw (recipe)")
     lr: float | None = HfArg(default=None, help="peak learning rate, cosine schedule (recipe)")
     weight_decay: float | None = HfArg(default=None, help="weight decay (recipe)")
     warmup: float | None = HfArg(default=None, help="share of the epochs to warm up (recipe)")
@@ -927,7 +941,7 @@ def fill_recipe(args: RunArgs, recipes: dict[str, dict], method: str) -> RunArgs
 
 def report(result: dict[str, dict], out: str) -> None:
     """The last lines printed: accuracy of each classifier in `result` (name: scores), images, seconds."""
-    first, *_, last = result.values()
+    first, last = (list(result.values())[i] for i in (0, -1))
     for split in ("test", "test_ood"):
         if split in first:
             text = ", ".join(f"{name} {100 * r[split]['top1']:.1f} %" for name, r in result.items())
@@ -1006,11 +1020,8 @@ class Run:
         self.device = accelerator.device
 
     def write_text(self, name: str, text: str) -> None:
-        """Writes a file, whole or not at all."""
         if self.main:
-            temporary = self.path / (name + ".tmp")
-            temporary.write_text(text)
-            os.replace(temporary, self.path / name)
+            write_whole(self.path / name, text)
 
     def write_json(self, name: str, value) -> None:
         self.write_text(name, json.dumps(value, indent=1))
@@ -1047,6 +1058,13 @@ def versions() -> dict[str, str]:
 
     names = ["torch", "torchvision", "diffusers", "transformers", "accelerate", "numpy"]
     return {"python": sys.version.split()[0], **{n: version(n) for n in names}}
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a text file, whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
 
 
 def save_atomically(state: dict, path: Path) -> None:
@@ -1099,6 +1117,41 @@ def save_grid(rows: torch.Tensor, path: Path, columns: int, scale: int = 1) -> N
     path.parent.mkdir(parents=True, exist_ok=True)
     grid = make_grid(F.interpolate(rows.float().cpu(), scale_factor=scale), nrow=columns, pad_value=1.0)
     to_pil(grid.clamp(0, 1)).save(path)
+
+
+def save_captioned(images: list, captions: list[str], path: Path, columns: int) -> None:
+    """A grid of PIL images (or files), each above its caption."""
+    from matplotlib.figure import Figure
+
+    rows = math.ceil(len(images) / columns)
+    figure = Figure(figsize=(1.9 * columns, 2.2 * rows), layout="constrained")
+    for axes in figure.subplots(rows, columns, squeeze=False).flat:
+        axes.axis("off")
+    for axes, image, caption in zip(figure.axes, images, captions, strict=False):
+        axes.imshow(np.asarray(open_image(image)))
+        axes.set_title("\n".join(textwrap.wrap(caption, 24)), y=-0.08, verticalalignment="top", fontsize=7)
+    figure.savefig(path, dpi=110)
+
+
+def save_reliability(
+    series: dict[str, tuple[torch.Tensor, torch.Tensor]], path: Path, bins: int = 10
+) -> None:
+    """A reliability diagram of (logits [N, K], labels [N]) per name: accuracy over confidence, in bins."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4, 4), layout="constrained")
+    axes = figure.subplots()
+    axes.plot([0, 1], [0, 1], "k:")
+    for name, (logits, labels) in series.items():
+        confidence, label = logits.softmax(1).max(1)
+        bin_of = (confidence * bins).long().clamp(max=bins - 1)
+        used = [b for b in range(bins) if (bin_of == b).any()]
+        x = [confidence[bin_of == b].mean().item() for b in used]
+        y = [(label == labels)[bin_of == b].float().mean().item() for b in used]
+        axes.plot(x, y, "o-", label=f"{name}, ECE {scores(logits, labels)['ece']:.3f}")
+    axes.set(xlabel="confidence", ylabel="accuracy", xlim=(0, 1), ylim=(0, 1))
+    axes.legend()
+    figure.savefig(path, dpi=110)
 
 
 def save_ladder(top1: dict, folder: Path, distances: dict | None = None) -> None:
@@ -1291,6 +1344,7 @@ def train_digits_sd(args: Args) -> None:
         kl = (posterior.mean**2 + posterior.var - 1 - posterior.logvar).mean() / 2
         return F.l1_loss(y, x) + F.mse_loss(y, x) + 1e-4 * kl
 
+    train_backbone(out, args.seed)
     oracle_steps = args.oracle_epochs * len(images) // 64
     _fit(oracle, oracle_loss, oracle_steps, 2e-3, 0.05, math.inf, out / "oracle.pt")
     _fit(vae, vae_loss, args.vae_steps, 3e-3, 0.0, 1.0, out / "vae.pt")
@@ -1362,13 +1416,33 @@ def _fit(model, loss_of, steps, lr, weight_decay, clip, file) -> None:
     save_atomically(model.state_dict(), file)
 
 
+def train_backbone(out: Path, seed: int = 0, steps: int = 2500, copies: int = 16) -> None:
+    """Pretrains the small CNN without class labels, and writes it to digits_sd/backbone.
+
+    It learns which of the web pool's 898 digits it sees, whatever the colour, the setting and the geometry:
+    instance discrimination (Dosovitskiy et al. 2014), the self-supervised stand-in for ImageNet's weights.
+    """
+    pool = digit_pools()["web"]
+    web = render_pool(pool, copies * len(pool), seed=seed + 2)
+    images = web["images"].permute(0, 3, 1, 2)
+    torch.manual_seed(seed)
+    model = SmallCNN(len(pool))
+
+    def loss(step):
+        i = torch.randint(len(images), (64,), generator=torch.Generator().manual_seed(step))
+        return F.cross_entropy(model(images[i].float() / 255), i % len(pool))
+
+    _fit(model, loss, steps, 3e-3, 0.05, math.inf, out / "backbone.pt")
+    (ROOT / "digits_sd" / "backbone").mkdir(exist_ok=True)
+    weights = {k: v.half() if v.is_floating_point() else v for k, v in model.features.state_dict().items()}
+    save_file(weights, ROOT / "digits_sd" / "backbone" / "model.safetensors")
+
+
 def save_digits_sd(pipe, ema: nn.ModuleDict, oracle: nn.Module, folder: Path) -> None:
     """Writes the pipeline with the averaged weights, and the oracle, as fp16 safetensors.
 
     The text encoder stays fp32: transformers loads it as it is stored, diffusers the other parts as fp32.
     """
-    from safetensors.torch import save_file
-
     half = copy.copy(pipe)
     half.unet, half.text_encoder = copy.deepcopy(ema["unet"]), copy.deepcopy(ema["text_encoder"])
     half.vae = copy.deepcopy(pipe.vae)
@@ -1385,8 +1459,6 @@ ORACLE_KEYS, ORACLE_HEADS = ["labels", "colours", "settings"], [10, 6, 3]
 
 def load_oracle(folder: Path = ROOT / "digits_sd") -> SmallCNN:
     """The web pool's classifier: logits [B, 19] of 10 digits, 6 colours, 3 settings."""
-    from safetensors.torch import load_file
-
     oracle = SmallCNN(sum(ORACLE_HEADS), width=32)
     oracle.load_state_dict(load_file(folder / "oracle" / "model.safetensors"))
     return oracle.float().eval().requires_grad_(False)

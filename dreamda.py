@@ -59,6 +59,7 @@ class Args(common.RunArgs):
     labels: str = HfArg(default="amst", help="of synthetic images: amst, seed, head, soft or clip")
     heads: int = HfArg(default=4, help="auxiliary heads of AMST")
     threshold: float | None = HfArg(default=None, help="tau, least confidence of a pseudo-label (recipe)")
+    auxiliary_weight: float = HfArg(default=0.25, help="w_a, weight of L_aux")
     orthogonality_weight: float = HfArg(default=0.1, help="w_o, weight of L_orth")
     consistency_weight: float | None = HfArg(default=None, help="w_c, weight of L_cons (recipe)")
     synthetic_ratio: float = HfArg(default=2.0, help="synthetic images per real one in a batch")
@@ -77,10 +78,10 @@ SD15 = dict(  # batch_size counts the real images; each comes with synthetic_rat
 )  # fmt: skip
 RECIPES = {
     "digits": SD15 | dict(
-        workers=0, diffusion=str(common.ROOT / "digits_sd"), steps=25, guidance_scale=4.0, variations=4,
+        workers=0, diffusion=str(common.ROOT / "digits_sd"), steps=25, guidance_scale=4.0, variations=3,
         noise_scale=12.0, relative_noise=True, generation_batch_size=40, examples_per_class=30,
-        classifier="small_cnn", image_size=32, augment="digits", epochs=30, batch_size=16,
-        optimizer="adamw", lr=3e-3, weight_decay=0.05,
+        classifier="small_cnn", image_size=32, augment="digits", epochs=50, batch_size=16,
+        optimizer="adamw", lr=3e-3, weight_decay=0.05, threshold=0.8,
     ),
     "stl10": SD15 | dict(image_size=96, augment="crop"),
     "cifar10": SD15 | dict(image_size=32, augment="crop", variations=1),
@@ -324,13 +325,13 @@ class MultiHead(nn.Module):
 
     def __init__(self, classifier: nn.Module, heads: int):
         super().__init__()
-        name, last = [(n, m) for n, m in classifier.named_modules() if isinstance(m, nn.Linear)][-1]
+        self.backbone, last = common.split_head(classifier)
         self.classes = last.out_features
         self.linear = nn.Linear(last.in_features, (1 + heads) * self.classes)
         with torch.no_grad():
             self.linear.weight[: self.classes] = last.weight
-        classifier.set_submodule(name, nn.Identity())
-        self.backbone = classifier
+            if last.bias is not None:
+                self.linear.bias[: self.classes] = last.bias
 
     def forward(self, x):
         return self.linear(self.backbone(x)).unflatten(1, (-1, self.classes))
@@ -345,10 +346,10 @@ def head_augmentations() -> dict[str, list]:
     from torchvision.transforms import v2
 
     return {
-        "geometry": [v2.RandomAffine(15, translate=(0.1, 0.1), scale=(0.85, 1.15), shear=10)],
-        "colour": [v2.ColorJitter(0.5, 0.5, 0.5, 0.1), v2.RandomGrayscale(0.2)],
-        "noise": [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.GaussianNoise(sigma=0.1)],
-        "erase": [v2.ToImage(), v2.RandomErasing(p=0.8, scale=(0.05, 0.3))],
+        "geometry": [v2.RandomAffine(8, translate=(0.05, 0.05), scale=(0.9, 1.1))],
+        "colour": [v2.ColorJitter(0.3, 0.3, 0.3, 0.05)],
+        "noise": [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.GaussianNoise(sigma=0.04)],
+        "erase": [v2.ToImage(), v2.RandomErasing(p=0.5, scale=(0.02, 0.12))],
     }
 
 
@@ -529,7 +530,7 @@ def train(
     the weak (not augmented) views. files: of the checkpoint and the metrics. Returns the final scores, the
     log, and the pool's final targets with whether each is labelled.
 
-        L = CE(W_0 f(x), y) + sum_k CE(W_k f(a_k(x)), y) + w_o L_orth
+        L = CE(W_0 f(x), y) + w_a sum_k CE(W_k f(a_k(x)), y) + w_o L_orth
             + CE(W_0 f(strong(u)), y^(u)) for labelled u, w_c L_cons for the others
     """
     torch.manual_seed(args.seed)
@@ -537,7 +538,7 @@ def train(
     classifier = common.build_classifier(
         args.classifier, data.class_names, args.image_size, args.pretrained, args.clip
     )
-    net = MultiHead(classifier, heads)
+    net = MultiHead(classifier, heads).to(memory_format=torch.channels_last)  # faster convolutions
     optimizer = common.make_optimizer(args.optimizer, net, args.lr, args.weight_decay)
     model, optimizer = accelerator.prepare(net, optimizer)
 
@@ -592,7 +593,9 @@ def train(
                 logits = model(torch.cat([x.transpose(0, 1).flatten(0, 1), u])).float()
                 ours, theirs = logits[: x.shape[0] * x.shape[1]], logits[x.shape[0] * x.shape[1] :]
                 ours = ours.unflatten(0, (1 + heads, -1))  # [view, B, head, K]: head k learns from view k
-                loss = sum(F.cross_entropy(ours[k, :, k], y) for k in range(1 + heads))
+                loss = F.cross_entropy(ours[0, :, 0], y)
+                for k in range(1, 1 + heads):
+                    loss = loss + args.auxiliary_weight * F.cross_entropy(ours[k, :, k], y)
                 if heads > 1:
                     loss = loss + args.orthogonality_weight * orthogonality_loss(net.auxiliary_weights())
                 if pool:
