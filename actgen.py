@@ -38,8 +38,6 @@ class Args(common.RunArgs):
     """ActGen's own arguments, beside those of every method; "(recipe)": defaults to the data set's recipe."""
 
     # the experiment
-    baseline: bool = HfArg(default=True, help="also train the real-only baseline")
-    real_only: bool = HfArg(default=False, help="no generation at all")
     equal_steps: bool = HfArg(default=False, help="real only: for as many steps as with synthetic images")
     random_generation: bool = HfArg(default=False, help="plain text-to-image of random classes")
     images_per_epoch: int | None = HfArg(default=None, help="images per epoch, n (recipe)")
@@ -627,8 +625,6 @@ def run_once(args: Args, accelerator) -> dict:
     """One run in args.out, with its real-only baseline; a finished run's result is read from its folder."""
     run = common.Run(args.out, args, accelerator, free=("seeds",))
     if result := run.result():
-        if run.main:
-            print(f"{run.path} is finished; --overwrite starts it afresh")
         return result
     data = common.load_data(
         args.dataset, args.data_dir, args.image_size, args.augment, args.examples_per_class, args.seed
@@ -672,15 +668,7 @@ def equal_epochs(args: Args, real: int) -> int:
 
 
 def main(args: Args) -> None:
-    args = resolve(args)
-    accelerator = common.make_accelerator()
-    if args.ladder:
-        args.baseline = False  # it is a rung of its own
-        common.run_ladder(args, accelerator, LADDER, run_once)
-    else:
-        result = run_once(args, accelerator)
-        if accelerator.is_main_process:
-            common.report(result, args.out)
+    common.run_method(resolve(args), LADDER, run_once)
 
 
 if __name__ == "__main__":

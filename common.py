@@ -857,6 +857,8 @@ class RunArgs:
     seed: int = HfArg(default=0, help="seed of every random draw")
     ladder: bool = HfArg(default=False, help="run the ablation ladder over --seeds seeds")
     seeds: int = HfArg(default=5, help="seeds of the ladder")
+    baseline: bool = HfArg(default=True, help="also train the method's baselines")
+    real_only: bool = HfArg(default=False, help="train on real images alone")
     workers: int | None = HfArg(default=None, help="data loading processes (recipe)")
     # the generator
     diffusion: str | None = HfArg(default=None, help="model id or folder (recipe)")
@@ -975,6 +977,17 @@ def run_ladder(args: RunArgs, accelerator, rungs: dict[str, dict], run_once) -> 
         save_ladder(top1, Path(args.out), distances)
 
 
+def run_method(args: RunArgs, rungs: dict[str, dict], run_once) -> None:
+    """A method's main: the ladder, its baselines being rungs of their own, or one run and its report."""
+    accelerator = make_accelerator()
+    if args.ladder:
+        run_ladder(dataclasses.replace(args, baseline=False), accelerator, rungs, run_once)
+        return
+    result = run_once(args, accelerator)
+    if accelerator.is_main_process:
+        report(result, args.out)
+
+
 def _file_name(rung: str) -> str:
     return re.sub("[^a-zA-Z0-9]+", "-", rung).strip("-")
 
@@ -1047,9 +1060,13 @@ class Run:
         self.write_text(name, "".join(json.dumps(line) + "\n" for line in lines))
 
     def result(self) -> dict | None:
-        """The result of a finished run."""
+        """The result of a finished run, which is said, else None."""
         path = self.path / "result.json"
-        return json.loads(path.read_text()) if path.exists() else None
+        if not path.exists():
+            return None
+        if self.main:
+            print(f"{self.path} is finished; --overwrite starts it afresh")
+        return json.loads(path.read_text())
 
 
 def versions() -> dict[str, str]:

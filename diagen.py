@@ -44,8 +44,6 @@ class Args(common.RunArgs):
     """DIAGen's arguments, beside every method's; "(recipe)": defaults to the data set's recipe."""
 
     method: str = HfArg(default="diagen", help="diagen, da_fusion or real_guidance")
-    baseline: bool = HfArg(default=True, help="also train on real images alone, and DA-Fusion")
-    real_only: bool = HfArg(default=False, help="standard augmentation alone")
     # textual inversion
     inversion_steps: int | None = HfArg(default=None, help="steps of Textual Inversion (recipe)")
     inversion_batch_size: int | None = HfArg(default=None, help="its batch, of all classes (recipe)")
@@ -774,8 +772,6 @@ def run_once(args: Args, accelerator) -> dict:
     """One run in args.out, with its baselines; a finished run's result is read from its folder."""
     run = common.Run(args.out, args, accelerator, free=("seeds",))
     if result := run.result():
-        if run.main:
-            print(f"{run.path} is finished; --overwrite starts it afresh")
         return result
     data = common.load_data(
         args.dataset, args.data_dir, args.image_size, args.augment, args.examples_per_class, args.seed
@@ -825,15 +821,7 @@ LADDER = {
 
 
 def main(args: Args) -> None:
-    args = resolve(args)
-    accelerator = common.make_accelerator()
-    if args.ladder:
-        args.baseline = False  # they are rungs of their own
-        common.run_ladder(args, accelerator, LADDER, run_once)
-    else:
-        result = run_once(args, accelerator)
-        if accelerator.is_main_process:
-            common.report(result, args.out)
+    common.run_method(resolve(args), LADDER, run_once)
 
 
 if __name__ == "__main__":

@@ -64,9 +64,6 @@ class Args(common.RunArgs):
     consistency_weight: float | None = HfArg(default=None, help="w_c, weight of L_cons (recipe)")
     synthetic_ratio: float = HfArg(default=2.0, help="synthetic images per real one in a batch")
     unlabelled: int = HfArg(default=0, help="real images without labels that join the synthetic ones")
-    # the experiment
-    baseline: bool = HfArg(default=True, help="also train on real images alone, and with the seeds' labels")
-    real_only: bool = HfArg(default=False, help="standard augmentation alone, for as many steps")
 
 
 SD15 = dict(  # batch_size counts the real images; each comes with synthetic_ratio synthetic ones
@@ -110,10 +107,13 @@ def ddim_steps(pipe, steps: int = 100, strength: float = 0.8, eta: float = 1.0) 
     from diffusers import DDIMScheduler
 
     scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    impossible = common.UserError(f"--steps {steps} at --strength {strength} leaves no valid step")
     if not 1 <= int(steps * strength) <= steps <= scheduler.config.num_train_timesteps:
-        raise common.UserError(f"--steps {steps} at --strength {strength} leaves no valid step")
+        raise impossible
     scheduler.set_timesteps(steps)
     t = scheduler.timesteps[steps - int(steps * strength) :]
+    if t[0] >= scheduler.config.num_train_timesteps:  # the offset of SD's steps
+        raise impossible
     before = t - scheduler.config.num_train_timesteps // steps
     alpha = scheduler.alphas_cumprod[t]
     previous = torch.where(
@@ -330,8 +330,7 @@ class MultiHead(nn.Module):
         self.linear = nn.Linear(last.in_features, (1 + heads) * self.classes)
         with torch.no_grad():
             self.linear.weight[: self.classes] = last.weight
-            if last.bias is not None:
-                self.linear.bias[: self.classes] = last.bias
+            self.linear.bias[: self.classes] = 0 if last.bias is None else last.bias
 
     def forward(self, x):
         return self.linear(self.backbone(x)).unflatten(1, (-1, self.classes))
@@ -400,6 +399,39 @@ def consistency_loss(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor
     return (logits.softmax(1) - target.detach()).square().sum(1)
 
 
+def self_training_loss(
+    real,
+    y,
+    synthetic,
+    targets,
+    labelled,
+    weak,
+    auxiliary,
+    w_a: float = 0.25,
+    w_o: float = 0.1,
+    w_c: float = 1.0,
+) -> torch.Tensor:
+    """The loss of a batch of B real and U synthetic images.
+
+        L = CE(W_0 f(x), y) + w_a sum_k CE(W_k f(a_k(x)), y) + w_o L_orth
+            + CE(W_0 f(strong(u)), y^(u)) for labelled u, w_c L_cons for the others
+
+    real: logits [1 + A, B, 1 + A, K], every head's for every view, standard and a_1..a_A; y [B]; synthetic:
+    logits [U, 1 + A, K] of strong views; targets [U, K] and labelled [U]: see synthetic_targets; weak: the
+    main head's probabilities [U, K] for weak views; auxiliary: W_1..W_A [A, K, d]. A and U may be 0.
+    """
+    loss = F.cross_entropy(real[0, :, 0], y)
+    for k in range(1, len(real)):
+        loss = loss + w_a * F.cross_entropy(real[k, :, k], y)
+    if len(auxiliary):
+        loss = loss + w_o * orthogonality_loss(auxiliary)
+    if len(synthetic):
+        main = synthetic[:, 0]
+        supervised = -(targets * main.log_softmax(1)).sum(1)
+        loss = loss + torch.where(labelled, supervised, w_c * consistency_loss(main, weak)).mean()
+    return loss
+
+
 def synthetic_targets(labels: str, logits, seed_labels, threshold: float, clip_logits=None):
     """What synthetic (and unlabelled) images are trained towards: targets [N, K] and which are labelled [N].
 
@@ -427,8 +459,8 @@ def synthetic_targets(labels: str, logits, seed_labels, threshold: float, clip_l
 def generate(args: Args, run: common.Run, accelerator, pipe, data: common.Data) -> tuple[list[dict], float]:
     """M variations of every training image, as files in synthetic/; returns their records, and the seconds.
 
-    Split over the processes by groups of seeds whose variations fill a batch. What exists is skipped: every
-    image has its own generators, so it does not matter when and beside which others it is drawn.
+    Split over the processes by groups of seeds whose variations fill a batch. A group that exists is skipped,
+    an incomplete one drawn again, to the bit: every image has its own generators and always the same batch.
     """
     M, size, pixels = args.variations, args.generation_batch_size, common.resolution(pipe)
     folders = common.class_folders(data.class_names)
@@ -441,41 +473,25 @@ def generate(args: Args, run: common.Run, accelerator, pipe, data: common.Data) 
     seconds = (run.load("generation.pt") or {"seconds": 0.0})["seconds"]
     for g in tqdm(mine, "generating", disable=not run.main):
         clock = time.time()
-        todo = [
-            (i, k)
-            for i in groups[g].tolist()
-            for k in range(M)
-            if not (run.path / "synthetic" / f"{names[i]}-{k:02d}.png").exists()
-        ]
+        todo = list(itertools.product(groups[g].tolist(), range(M)))
+        if all((run.path / "synthetic" / f"{names[i]}-{k:02d}.png").exists() for i, k in todo):
+            continue
         starts = sorted({(i, k % args.inversions) for i, k in todo})
         if not todo:
             continue
         inverted = invert(
-            pipe,
-            torch.stack([seeds[i][0] for i, _ in starts]),
-            [common.generator(args.seed, 1, i, n) for i, n in starts],
-            method=args.inversion,
-            source_prompts=[sources[i] for i, _ in starts],
-            source_guidance=args.source_guidance,
-            steps=args.steps,
-            strength=args.strength,
-            eta=args.eta,
-            rows=2 * size,
-        )
-        for some in torch.arange(len(todo)).split(size):
-            some = [todo[j] for j in some]
+            pipe, torch.stack([seeds[i][0] for i, _ in starts]),
+            [common.generator(args.seed, 1, i, n) for i, n in starts], method=args.inversion,
+            source_prompts=[sources[i] for i, _ in starts], source_guidance=args.source_guidance,
+            steps=args.steps, strength=args.strength, eta=args.eta, rows=2 * size,
+        )  # fmt: skip
+        for some in [todo[b : b + size] for b in range(0, len(todo), size)]:
             latents = vary(
-                pipe,
-                inverted,
-                torch.tensor([starts.index((i, k % args.inversions)) for i, k in some]),
-                [prompts[i] for i, _ in some],
-                [common.generator(args.seed, 2, i, k) for i, k in some],
-                perturb=args.perturb,
-                noise_scale=args.noise_scale,
-                relative_noise=args.relative_noise,
-                paired_noise=args.paired_noise,
-                guidance_scale=args.guidance_scale,
-            )
+                pipe, inverted, torch.tensor([starts.index((i, k % args.inversions)) for i, k in some]),
+                [prompts[i] for i, _ in some], [common.generator(args.seed, 2, i, k) for i, k in some],
+                perturb=args.perturb, noise_scale=args.noise_scale, relative_noise=args.relative_noise,
+                paired_noise=args.paired_noise, guidance_scale=args.guidance_scale,
+            )  # fmt: skip
             for (i, k), image in zip(some, common.decode(pipe, latents), strict=True):
                 common.save_png(image, run.path / "synthetic" / f"{names[i]}-{k:02d}.png")
         seconds += time.time() - clock
@@ -488,15 +504,12 @@ def generate(args: Args, run: common.Run, accelerator, pipe, data: common.Data) 
         records.append(record)
     run.write_lines("synthetic/metadata.jsonl", records)
     if run.main:  # a picture to look at: seed | variations
-        rows = [records[i * M : (i + 1) * M][:9] for i in np.linspace(0, len(seeds) - 1, 10).astype(int)]
-        transform = seeds.transform
-        rows = [
-            [seeds[row[0]["guide_index"]][0]]
-            + [transform(common.open_image(run.path / "synthetic" / r["file_name"])) for r in row]
-            for row in rows
-        ]
-        grid = torch.stack([image for row in rows for image in row])
-        common.save_grid(grid, run.path / "samples" / "variations.png", len(rows[0]), max(1, 64 // pixels))
+        tiles = []
+        for i in np.linspace(0, len(seeds) - 1, 10).astype(int):
+            files = [run.path / "synthetic" / r["file_name"] for r in records[i * M : (i + 1) * M][:9]]
+            tiles += [seeds[i][0], *(seeds.transform(common.open_image(file)) for file in files)]
+        path = run.path / "samples" / "variations.png"
+        common.save_grid(torch.stack(tiles), path, 1 + min(M, 9), max(1, 64 // pixels))
     return records, seconds
 
 
@@ -515,23 +528,15 @@ class Pool:
 
 
 def train(
-    args: Args,
-    run: common.Run,
-    accelerator,
-    data: common.Data,
-    pool: Pool | None,
-    labels: str,
+    args: Args, run: common.Run, accelerator, data: common.Data, pool: Pool | None, labels: str,
     files: tuple[str, str],
-):
+):  # fmt: skip
     """Trains a classifier on real images and, with a pool, towards synthetic_targets(labels) on its images.
 
     An epoch is one pass over the pool, or as many steps if there is none; each step takes batch_size real
     images and synthetic_ratio times as many of the pool. Targets are predicted anew before every epoch, from
     the weak (not augmented) views. files: of the checkpoint and the metrics. Returns the final scores, the
     log, and the pool's final targets with whether each is labelled.
-
-        L = CE(W_0 f(x), y) + w_a sum_k CE(W_k f(a_k(x)), y) + w_o L_orth
-            + CE(W_0 f(strong(u)), y^(u)) for labelled u, w_c L_cons for the others
     """
     torch.manual_seed(args.seed)
     heads = args.heads if labels == "amst" else 0
@@ -547,9 +552,12 @@ def train(
     many = max(1, round(args.batch_size * args.synthetic_ratio))
     count = len(pool.images) if pool else len(real) * args.variations + args.unlabelled
     steps = math.ceil(count / many)
+    w_c = args.consistency_weight if labels == "amst" else 0.0
     if pool:
         drawn = common.Images(pool.images.sources, range(count), strong_view)  # labelled by their index
-        weak = pool.images.subset(range(count), data.test.transform)
+        plain = pool.images.subset(range(count), data.test.transform)
+    else:
+        targets = labelled = weak = torch.zeros(0, device=accelerator.device)
 
     progress = {"epoch": 0, "log": [], "training": 0.0}
     if state := run.load(files[0]):
@@ -558,7 +566,7 @@ def train(
         optimizer.load_state_dict(state["optimizer"])
 
     def targets_now():
-        logits, _ = common.predict(model, weak, accelerator, args.workers)
+        logits, _ = common.predict(model, plain, accelerator, args.workers)
         targets, labelled = synthetic_targets(
             labels, logits, pool.seed_labels, args.threshold, pool.clip_logits
         )
@@ -572,15 +580,12 @@ def train(
         clock = time.time()
         common.seed_everything(args.seed, epoch)
         line = {"epoch": epoch + 1, "images": len(real), "pool": count if pool else 0}
-        batches = [
-            common.make_loader(
-                real, args.batch_size, accelerator, True, args.workers, samples=steps * args.batch_size
-            )
-        ]
+        samples = steps * args.batch_size
+        batches = [common.make_loader(real, args.batch_size, accelerator, True, args.workers, samples)]
         if pool:
-            targets, labelled, main = targets_now()
+            targets, labelled, weak = targets_now()
             line |= label_report(targets, labelled, pool)
-            targets, labelled, main = (t.to(accelerator.device) for t in (targets, labelled, main))
+            targets, labelled, weak = (t.to(accelerator.device) for t in (targets, labelled, weak))
             batches.append(common.make_loader(drawn, many, accelerator, True, args.workers))
         model.train()
         total = 0.0
@@ -591,19 +596,12 @@ def train(
             u, index = batch[1] if pool else (x[:0, 0], y[:0])
             with accelerator.autocast():
                 logits = model(torch.cat([x.transpose(0, 1).flatten(0, 1), u])).float()
-                ours, theirs = logits[: x.shape[0] * x.shape[1]], logits[x.shape[0] * x.shape[1] :]
-                ours = ours.unflatten(0, (1 + heads, -1))  # [view, B, head, K]: head k learns from view k
-                loss = F.cross_entropy(ours[0, :, 0], y)
-                for k in range(1, 1 + heads):
-                    loss = loss + args.auxiliary_weight * F.cross_entropy(ours[k, :, k], y)
-                if heads > 1:
-                    loss = loss + args.orthogonality_weight * orthogonality_loss(net.auxiliary_weights())
-                if pool:
-                    per_image = -(targets[index] * theirs[:, 0].log_softmax(1)).sum(1)
-                    rest = torch.zeros_like(per_image)
-                    if labels == "amst":
-                        rest = args.consistency_weight * consistency_loss(theirs[:, 0], main[index])
-                    loss = loss + torch.where(labelled[index], per_image, rest).mean()
+                ours, theirs = logits[: len(logits) - len(u)], logits[len(logits) - len(u) :]
+                ours = ours.unflatten(0, (1 + heads, -1))
+                loss = self_training_loss(
+                    ours, y, theirs, targets[index], labelled[index], weak[index], net.auxiliary_weights(),
+                    args.auxiliary_weight, args.orthogonality_weight, w_c,
+                )  # fmt: skip
             optimizer.zero_grad(set_to_none=True)
             accelerator.backward(loss)
             optimizer.step()
@@ -654,10 +652,7 @@ def make_pool(args: Args, run: common.Run, accelerator, data: common.Data, folde
         distances = common.distribution_distances(real, fake)
         distances["oracle"] = (truth == seed_labels).float().mean().item()
     if args.unlabelled:
-        available = len(data.unlabelled) if data.unlabelled else 0
-        if available < args.unlabelled:
-            raise common.UserError(f"--unlabelled {args.unlabelled}: {args.dataset} has {available}")
-        some = np.random.default_rng(args.seed).permutation(available)[: args.unlabelled]
+        some = np.random.default_rng(args.seed).permutation(len(data.unlabelled))[: args.unlabelled]
         extra = data.unlabelled.subset(some)
         images = images + extra
         seed_labels = torch.cat([seed_labels, torch.full((len(extra),), -1)])
@@ -690,17 +685,29 @@ def resolve(args: Args) -> Args:
     for name in ("variations", "inversions"):
         if getattr(args, name) < 1:
             raise common.UserError(f"--{name} {getattr(args, name)} must be at least 1")
+    if args.unlabelled < 0:
+        raise common.UserError(f"--unlabelled {args.unlabelled} must not be negative")
     if args.labels == "amst" and args.heads < 2:
         raise common.UserError(f"--heads {args.heads}: agreement needs at least 2")
     return args
+
+
+def check(args: Args, data: common.Data) -> None:
+    """Raises UserError for the mistakes that would otherwise show only after the images are generated."""
+    available = len(data.unlabelled) if data.unlabelled else 0
+    if available < args.unlabelled:
+        raise common.UserError(f"--unlabelled {args.unlabelled}: {args.dataset} has {available}")
+    for name in [args.classifier] + ["clip"] * (args.labels == "clip"):
+        classifier = common.build_classifier(
+            name, data.class_names, args.image_size, args.pretrained, args.clip
+        )
+        common.make_optimizer(args.optimizer, classifier, args.lr, args.weight_decay)
 
 
 def run_once(args: Args, accelerator) -> dict:
     """One run in args.out, with its baselines; a finished run's result is read from its folder."""
     run = common.Run(args.out, args, accelerator, free=("seeds",))
     if result := run.result():
-        if run.main:
-            print(f"{run.path} is finished; --overwrite starts it afresh")
         return result
     data = common.load_data(
         args.dataset, args.data_dir, args.image_size, args.augment, args.examples_per_class, args.seed,
@@ -708,9 +715,10 @@ def run_once(args: Args, accelerator) -> dict:
     )  # fmt: skip
     pool, records, about, kinds = None, [], {"generation": 0.0}, ["none"]
     if not args.real_only:
+        check(args, data)
         folder = Path(args.synthetic or run.path) / "synthetic"
         if args.synthetic:
-            records = read_records(folder)
+            records = read_records(folder, data.class_names)
         else:
             pipe = common.load_pipeline(args.diffusion, accelerator.device)
             records, about["generation"] = generate(args, run, accelerator, pipe, data)
@@ -734,13 +742,18 @@ def run_once(args: Args, accelerator) -> dict:
     return result
 
 
-def read_records(folder: Path) -> list[dict]:
-    """The metadata of a run's synthetic images. Raises UserError if there are none."""
+def read_records(folder: Path, class_names: list[str]) -> list[dict]:
+    """The metadata of a run's synthetic images. UserError if there are none, or some of other classes."""
     try:
         lines = (folder / "metadata.jsonl").read_text().splitlines()
-        return [r for r in map(json.loads, lines) if (folder / r["file_name"]).exists()]
+        records = [r for r in map(json.loads, lines) if (folder / r["file_name"]).exists()]
+        strange = [r["class_name"] for r in records if r["class_name"] not in class_names[r["label"] :][:1]]
     except (OSError, ValueError, KeyError) as error:
         raise common.UserError(f"--synthetic: no images with metadata in {folder} ({error})") from None
+    if strange or not records:
+        problem = f"of another data set, of the class '{strange[0]}'" if strange else "missing"
+        raise common.UserError(f"--synthetic: the images in {folder} are {problem}")
+    return records
 
 
 def save_labels(run: common.Run, folder: Path, records: list[dict], targets, labelled, own: bool) -> None:
@@ -763,22 +776,14 @@ LADDER = {
     "standard augmentation": dict(real_only=True),
     "+ img2img variations": dict(inversion="none", inversions=999, perturb="none", labels="seed"),
     "+ inversion, no perturbation": dict(inversions=999, perturb="none", labels="seed"),
-    "+ latent noise": dict(perturb="latents", noise_scale=0.3, labels="seed"),
+    "+ latent noise": dict(perturb="latents", noise_scale=0.2, labels="seed"),
     "+ bottleneck noise": dict(labels="seed"),
     "+ AMST": dict(synthetic="+ bottleneck noise"),
 }
 
 
 def main(args: Args) -> None:
-    args = resolve(args)
-    accelerator = common.make_accelerator()
-    if args.ladder:
-        args.baseline = False  # they are rungs of their own
-        common.run_ladder(args, accelerator, LADDER, run_once)
-    else:
-        result = run_once(args, accelerator)
-        if accelerator.is_main_process:
-            common.report(result, args.out)
+    common.run_method(resolve(args), LADDER, run_once)
 
 
 if __name__ == "__main__":
