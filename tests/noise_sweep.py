@@ -20,12 +20,12 @@ import dreamda  # noqa: E402
 
 OUT = common.ROOT / ".pictures"
 SETTINGS = {  # place, noise of the two guidance rows: scales in standard deviations of the features
-    ("bottleneck", "independent"): (0, 3, 6, 12, 18, 25),
+    ("bottleneck", "independent"): (0, 6, 12, 15, 18, 25),
     ("bottleneck", "paired"): (6, 12, 25, 50),
     ("mid_input", "independent"): (3, 6, 12),
     ("down", "independent"): (0.3, 0.6, 1, 2),
     ("up", "independent"): (0.1, 0.2, 0.3, 0.6),
-    ("latents", "independent"): (0.05, 0.1, 0.2, 0.3),
+    ("latents", "independent"): (0.1, 0.2, 0.25, 0.3),
 }
 
 
@@ -57,8 +57,8 @@ def main() -> None:
         far = torch.cat([(z - z0).flatten(1).norm(dim=1) / norm for z in latents]).mean().item()
         apart = ((latents[0] - latents[1]).flatten(1).norm(dim=1) / norm).mean().item()
         print(
-            f"| {name} | {scale} | {100 * right:.1f} | {d['precision']:.2f} | {d['recall']:.2f} | {d['fid']:.1f} "
-            f"| {far:.2f} | {apart:.2f} |",
+            f"| {name} | {scale} | {100 * right:.1f} | {d['precision']:.2f} | {d['recall']:.2f} "
+            f"| {d['fid']:.1f} | {far:.2f} | {apart:.2f} |",
             flush=True,
         )
         return right, apart, d["recall"]
