@@ -75,7 +75,7 @@ SMALL = SD21 | dict(pretrained=True, epochs=100, batch_size=64, lr=0.01)
 RECIPES = {
     "digits": dict(
         prompt="a photo of a {}", workers=0, steps=40, guidance_centre=12.5, warmup=0.0,
-        diffusion=str(common.ROOT / "digits_sd"), guidance_scale=4.0, images_per_epoch=16, nu=0.1,
+        diffusion=str(common.ROOT / "digits_sd"), guidance_scale=4.0, images_per_epoch=16, nu=1.0,
         generation_batch_size=16, attention_resolution=8, examples_per_class=50, few_shot=False,
         genval_share=0.2, classifier="small_cnn", pretrained=False, image_size=32, augment="digits",
         epochs=40, batch_size=32, optimizer="adamw", lr=3e-3, weight_decay=0.05, eval_every=5,

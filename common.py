@@ -1080,7 +1080,7 @@ def versions() -> dict[str, str]:
 def write_whole(path: Path, text: str) -> None:
     """Writes a text file, whole or not at all."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
+    temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
 
 
@@ -1146,7 +1146,8 @@ def save_captioned(images: list, captions: list[str], path: Path, columns: int) 
         axes.axis("off")
     for axes, image, caption in zip(figure.axes, images, captions, strict=False):
         axes.imshow(np.asarray(open_image(image)))
-        axes.set_title("\n".join(textwrap.wrap(caption, 24)), y=-0.08, verticalalignment="top", fontsize=7)
+        text = "\n".join(textwrap.wrap(caption, 24))
+        axes.set_title(text, y=-0.08, verticalalignment="top", fontsize=7, parse_math=False)
     figure.savefig(path, dpi=110)
 
 

@@ -22,6 +22,7 @@ Paper to code:
 
 import csv
 import dataclasses
+import io
 import json
 import re
 import time
@@ -173,13 +174,15 @@ def textual_inversion(
     keys: list[int] | None = None,
     state: dict | None = None,
     save=None,
+    save_every: int = 100,
 ) -> torch.Tensor:
     """Learns an embedding for each token from its few images: [T, d], float32.
 
     images [N, 3, H, W] in [0, 1], labels [N] index `tokens`; start [T, d]. Each step takes batch_size images
     of every class. The loss is the denoising error, summed over classes, and Adam works row by row, so the
     embedding of a class does not depend on which others train beside it; keys [T] (0..T-1) seed its draws.
-    state: what `save` was called with last, to go on from.
+    state: what `save` was called with last (every save_every steps and at the end), to go on from.
+    Raises UserError when the loss is not a number.
     """
     device, scheduler = pipe.device, pipe.scheduler
     T, keys = len(tokens), keys or range(len(tokens))
@@ -217,7 +220,9 @@ def textual_inversion(
             loss.backward()
             optimizer.step()
             bar.set_postfix(loss=f"{loss.item() / T:.4f}", refresh=False)
-            if save and (step + 1) % 100 == 0:
+            if not rows.isfinite().all():
+                raise common.UserError("Textual Inversion gives no numbers; lower --inversion_lr")
+            if save and ((step + 1) % save_every == 0 or step + 1 == steps):
                 save({"step": step + 1, "rows": rows.data, "optimizer": optimizer.state_dict()})
     return rows.detach()
 
@@ -261,13 +266,18 @@ def write_prompt(name: str, rng: np.random.Generator, words: dict[str, list[str]
 
 
 def names_in(prompt: str, name: str) -> list[re.Match]:
-    """Where `name` stands in a prompt as a word of its own, in any case: "car" is not in "carrot"."""
-    return list(re.finditer(rf"(?<!\w){re.escape(name)}(?!\w)", prompt, re.IGNORECASE))
+    """Where `name` stands in a prompt as a word of its own: "car" is not in "carrot".
+
+    In any case, but where it stands in its own case the others do not count: the class "A" in "a photo of A".
+    """
+    pattern = rf"(?<!\w){re.escape(name)}(?!\w)"
+    return [*re.finditer(pattern, prompt)] or [*re.finditer(pattern, prompt, re.IGNORECASE)]
 
 
 def with_token(prompt: str, name: str, token: str) -> str:
-    """The prompt with the class name replaced by the token."""
-    return re.sub(rf"(?<!\w){re.escape(name)}(?!\w)", lambda _: token, prompt, flags=re.IGNORECASE)
+    """The prompt with the class name, where it stands last, replaced by the token."""
+    where = names_in(prompt, name)[-1]
+    return prompt[: where.start()] + token + prompt[where.end() :]
 
 
 REQUEST = (
@@ -282,20 +292,14 @@ UNCOMMON_PLACE = "Choose locations where one would not expect it. "
 
 
 def parse_answer(answer: str, name: str, count: int) -> list[str]:
-    """`count` prompts from a language model's answer: a JSON list, or lines, numbered or with bullets.
+    """`count` prompts from a language model's answer: whatever begins "a photo of", in a list of any kind.
 
-    What does not contain the class name exactly once is dropped; missing ones become "a photo of a {name}".
+    It ends with the line, a double quote or a bracket. What does not contain the class name exactly once is
+    dropped; missing ones become "a photo of a {name}".
     """
-    lines = answer.splitlines()
-    if match := re.search(r"\[\s*\".*\"\s*\]", answer, re.DOTALL):
-        try:
-            lines = [str(line) for line in json.loads(match[0])]
-        except ValueError:
-            pass
-    prompts = []
-    for line in lines:
-        line = re.sub(r"^\s*(?:\(?\d+\s*[.):]|[-*\u2022])\s*", "", line).strip().strip("\"'`,*").strip()
-        line = line.removesuffix(".")
+    prompts, begin = [], r"\ba photo of "
+    for line in re.findall(rf'{begin}(?:(?!{begin})[^"\u201d\n\[])*', answer, re.IGNORECASE):
+        line = line.rstrip(" .,;'`*\\]")
         if len(names_in(line, name)) == 1 and line not in prompts:
             prompts.append(line)
     return (prompts + [PHOTO.format(name)] * count)[:count]
@@ -322,13 +326,13 @@ def ask_llm(model: str, class_names: list[str], count: int, uncommon: bool = Fal
     return prompts
 
 
-def write_prompts(path: Path, prompts: dict[str, list[str]]) -> None:
+def write_prompts(path: Path, prompts: dict[str, list[str]], class_names: list[str]) -> None:
     """A CSV file of the authors' format, class_name;class_idx;prompt."""
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, delimiter=";")
-        writer.writerow(["class_name", "class_idx", "prompt"])
-        for i, (name, lines) in enumerate(prompts.items()):
-            writer.writerows([name, i, line] for line in lines)
+    writer = csv.writer(file := io.StringIO(), delimiter=";", lineterminator="\n")
+    writer.writerow(["class_name", "class_idx", "prompt"])
+    for name, lines in prompts.items():
+        writer.writerows([name, class_names.index(name), line] for line in lines)
+    common.write_whole(path, file.getvalue())
 
 
 def read_prompts(path: Path, class_names: list[str]) -> dict[str, list[str]]:
@@ -338,6 +342,7 @@ def read_prompts(path: Path, class_names: list[str]) -> dict[str, list[str]]:
     prompt that does not contain the class name exactly once; and for a file without prompts.
     """
     prompts = {name: [] for name in class_names}
+    known = {(name, str(i)) for i, name in enumerate(class_names)}
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
@@ -350,7 +355,7 @@ def read_prompts(path: Path, class_names: list[str]) -> dict[str, list[str]]:
         if len(row) != 3:
             raise common.UserError(f"{where}: {len(row)} columns, not class_name;class_idx;prompt")
         name, index, prompt = (field.strip() for field in row)
-        if name not in prompts or index != str(class_names.index(name)):
+        if (name, index) not in known:
             raise common.UserError(f"{where}: no class '{name}' of index {index}")
         if len(names_in(prompt, name)) != 1:
             raise common.UserError(f"{where}: the prompt must contain '{name}' exactly once")
@@ -493,7 +498,7 @@ def learn_tokens(args: Args, run: common.Run, accelerator, pipe, data: common.Da
     """Textual Inversion of every class [K, d], split over the processes by groups that fill a batch.
 
     A class's embedding is kept as embeddings/CLASS/learned_embeds.safetensors, which stock diffusers reads,
-    and used if it is there.
+    and used if it is there. Where one of a group is missing the whole group trains, as it would have at once.
     """
     folder = Path(args.embeddings or run.path / "embeddings")
     names, pixels = common.class_folders(data.class_names), common.resolution(pipe)
@@ -503,23 +508,23 @@ def learn_tokens(args: Args, run: common.Run, accelerator, pipe, data: common.Da
     groups = torch.arange(len(names)).split(max(1, args.generation_batch_size // args.inversion_batch_size))
     templates = [args.prompt] if args.dataset == "digits" else TEMPLATES
     for group in groups[accelerator.process_index :: accelerator.num_processes]:
-        todo = [c for c in group.tolist() if not files[c].exists()]
-        if not todo:
+        group = group.tolist()
+        if all(files[c].exists() for c in group):
             continue
-        members = [i for i, y in enumerate(real.labels) if y in todo]
-        path = run.path / f"inversion-{todo[0]:04d}.pt"
+        members = [i for i, y in enumerate(real.labels) if y in group]
+        path = run.path / f"inversion-{group[0]:04d}.pt"
         rows = textual_inversion(
             pipe, torch.stack([real[i][0] for i in members]),
-            torch.tensor([todo.index(real.labels[i]) for i in members]),
-            [f"<{names[c]}>" for c in todo], start[todo], steps=args.inversion_steps,
+            torch.tensor([group.index(real.labels[i]) for i in members]),
+            [f"<{names[c]}>" for c in group], start[group], steps=args.inversion_steps,
             batch_size=args.inversion_batch_size, lr=args.inversion_lr, templates=templates,
-            flip=args.augment != "digits", seed=args.seed, keys=todo,
+            flip=args.augment != "digits", seed=args.seed, keys=group,
             state=run.load(path.name), save=lambda state, path=path: common.save_atomically(state, path),
         )  # fmt: skip
-        for c, row in zip(todo, rows.cpu(), strict=True):
+        for c, row in zip(group, rows.cpu(), strict=True):
             files[c].parent.mkdir(parents=True, exist_ok=True)
-            save_embedding(row, f"<{names[c]}>", files[c])
-        path.unlink(missing_ok=True)
+            if not files[c].exists():
+                save_embedding(row, f"<{names[c]}>", files[c])
     accelerator.wait_for_everyone()
     return torch.stack([load_embedding(file) for file in files])
 
@@ -545,22 +550,42 @@ def load_embedding(path: Path) -> torch.Tensor:
 
 
 def find_prompts(args: Args, run: common.Run, accelerator, data: common.Data) -> dict[str, list[str]]:
-    """The prompts of each class, with its name in them: bank, llm (asked once) or a CSV file; kept in OUT."""
+    """The prompts of each class, with its name in them: bank, llm (asked once) or a CSV file; kept in OUT.
+
+    Those of an earlier run with other arguments, of which there is no checkpoint, are written anew.
+    """
     names, path = data.class_names, run.path / "prompts.csv"
     if args.prompts == "none":
         return {name: [args.prompt.format(name)] for name in names}
     if args.prompts not in ("bank", "llm"):
         return read_prompts(Path(args.prompts), names)
-    if run.main and not path.exists():
+    if run.main and not (path.exists() and any(run.path.glob("*.pt"))):
         if args.prompts == "llm":
             prompts = ask_llm(args.llm, names, args.prompts_per_class, args.uncommon)
         else:
             words, rng = DIGIT_WORDS if args.dataset == "digits" else WORDS, np.random.default_rng(args.seed)
-            count = range(args.prompts_per_class)
-            prompts = {name: [write_prompt(name, rng, words) for _ in count] for name in names}
-        write_prompts(path, prompts)
+            prompts = {n: [write_prompt(n, rng, words) for _ in range(args.prompts_per_class)] for n in names}
+            prompts = {n: [p for p in lines if len(names_in(p, n)) == 1] for n, lines in prompts.items()}
+        write_prompts(path, prompts, names)
     accelerator.wait_for_everyone()
     return read_prompts(path, names)
+
+
+def stock_img2img(pipe, steps: int, strength: float):
+    """The stock pipeline of pipe's parts, with DDIM. Raises UserError if no valid step is left."""
+    from diffusers import DDIMScheduler, StableDiffusionImg2ImgPipeline
+
+    scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    impossible = common.UserError(f"--steps {steps} at --strength {strength} leaves no valid step")
+    if not 1 <= int(steps * strength) <= steps <= scheduler.config.num_train_timesteps:
+        raise impossible
+    scheduler.set_timesteps(steps)
+    if scheduler.timesteps[-int(steps * strength)] >= scheduler.config.num_train_timesteps:  # SD's offset
+        raise impossible
+    stock = StableDiffusionImg2ImgPipeline(**pipe.components, requires_safety_checker=False)
+    stock.scheduler = scheduler
+    stock.set_progress_bar_config(disable=True)
+    return stock
 
 
 def img2img(
@@ -577,13 +602,7 @@ def img2img(
 
     Stock img2img with DDIM; a prompt and a CPU generator per image.
     """
-    from diffusers import DDIMScheduler, StableDiffusionImg2ImgPipeline
-
-    if not 1 <= int(steps * strength) <= steps:
-        raise common.UserError(f"--steps {steps} at --strength {strength} leaves no valid step")
-    stock = StableDiffusionImg2ImgPipeline(**pipe.components, requires_safety_checker=False)
-    stock.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
-    stock.set_progress_bar_config(disable=True)
+    stock = stock_img2img(pipe, steps, strength)
     return stock(
         prompts, latents, strength=strength, num_inference_steps=steps, guidance_scale=guidance_scale,
         generator=generators, output_type="pt",
@@ -616,18 +635,20 @@ def generate(args: Args, run, accelerator, pipe, data: common.Data, rows, prompt
         tokens = [f"<{name}|{v}>" for name in names for v in range(rows.shape[1])]
         with NewTokens(pipe, tokens, rows.flatten(0, 1).to(pipe.device)):
             pass
-    clock, size, latents = time.time(), args.generation_batch_size, {}
+    size, latents, state = args.generation_batch_size, {}, f"{folder.name}-seconds.pt"
+    seconds = (run.load(state) or {"seconds": 0.0})["seconds"]
+    run.save(state, {"seconds": seconds})
     batches = [records[b : b + size] for b in range(0, len(records), size)]
     mine = batches[accelerator.process_index :: accelerator.num_processes]
     for batch in tqdm(mine, "generating", disable=not run.main):
         if not any(not (folder / r["file_name"]).exists() for r in batch):
             continue
-        guides = sorted({r["guide_index"] for r in batch} - set(latents))
-        if guides:  # each real image is encoded once
-            with torch.no_grad():
-                encoded = common.encode(pipe, torch.stack([real[i][0] for i in guides]))
-            latents = {i: z for i, z in latents.items() if i >= batch[0]["guide_index"]}
-            latents |= dict(zip(guides, encoded, strict=True))
+        clock = time.time()
+        with torch.no_grad():  # each real image is encoded once, alone: the same beside whichever others
+            latents = {
+                i: latents[i] if i in latents else common.encode(pipe, real[i][0][None])[0]
+                for i in sorted({r["guide_index"] for r in batch})
+            }
         images = img2img(
             pipe,
             torch.stack([latents[r["guide_index"]] for r in batch]),
@@ -639,8 +660,10 @@ def generate(args: Args, run, accelerator, pipe, data: common.Data, rows, prompt
         )
         for image, r in zip(images, batch, strict=True):
             common.save_png(image, folder / r["file_name"])
+        seconds += time.time() - clock
+        run.save(state, {"seconds": seconds})
     accelerator.wait_for_everyone()
-    return records, time.time() - clock
+    return records, seconds
 
 
 def confidences(args: Args, run, accelerator, data: common.Data, images: common.Images, views: int = 5):
@@ -718,9 +741,9 @@ def as_method(args: Args, method: str) -> Args:
     return args
 
 
-def synthesize(args: Args, run, accelerator, pipe, data: common.Data, folder: Path):
+def synthesize(args: Args, run, accelerator, pipe, data: common.Data, prompts, folder: Path):
     """Generates and weighs the images of args.method in `folder`: (Synthetic, what to report)."""
-    rows, prompts = None, find_prompts(args, run, accelerator, data)
+    rows = None
     if args.method != "real_guidance":
         rows = learn_tokens(args, run, accelerator, pipe, data)
         generators = [common.generator(args.seed, 3, c) for c in range(len(rows))]
@@ -790,13 +813,17 @@ def run_once(args: Args, accelerator) -> dict:
             jobs["DA-Fusion"] = as_method(args, "da_fusion")
         jobs[TITLES[args.method]] = args
         pipe = common.load_pipeline(args.diffusion, accelerator.device)
+        stock_img2img(pipe, args.steps, args.strength)  # mistakes show before there is anything to lose
+        if args.method != "real_guidance":
+            initial_embeddings(pipe, data.class_names, args.initializer)
+    prompts = {title: find_prompts(job, run, accelerator, data) for title, job in jobs.items() if job}
     result, logs = {}, {}
     for title, job in jobs.items():
         main = title == list(jobs)[-1]
         synthetic, about = None, {"synthetic": 0, "generation": 0.0}
         if job:
             folder = run.path / ("synthetic" if main else job.method)
-            synthetic, about = synthesize(job, run, accelerator, pipe, data, folder)
+            synthetic, about = synthesize(job, run, accelerator, pipe, data, prompts[title], folder)
         name = "checkpoint" if main else re.sub(r"\W", "_", title)
         files = (f"{name}.pt", "metrics.jsonl" if main else f"{name}.jsonl")
         scores, logs[title] = train(args, run, accelerator, data, synthetic, files, title)

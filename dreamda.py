@@ -477,8 +477,6 @@ def generate(args: Args, run: common.Run, accelerator, pipe, data: common.Data) 
         if all((run.path / "synthetic" / f"{names[i]}-{k:02d}.png").exists() for i, k in todo):
             continue
         starts = sorted({(i, k % args.inversions) for i, k in todo})
-        if not todo:
-            continue
         inverted = invert(
             pipe, torch.stack([seeds[i][0] for i, _ in starts]),
             [common.generator(args.seed, 1, i, n) for i, n in starts], method=args.inversion,
@@ -492,6 +490,7 @@ def generate(args: Args, run: common.Run, accelerator, pipe, data: common.Data) 
                 perturb=args.perturb, noise_scale=args.noise_scale, relative_noise=args.relative_noise,
                 paired_noise=args.paired_noise, guidance_scale=args.guidance_scale,
             )  # fmt: skip
+            run.save("generation.pt", {"seconds": seconds})  # images that exist belong to these arguments
             for (i, k), image in zip(some, common.decode(pipe, latents), strict=True):
                 common.save_png(image, run.path / "synthetic" / f"{names[i]}-{k:02d}.png")
         seconds += time.time() - clock

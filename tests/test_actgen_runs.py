@@ -1,100 +1,47 @@
 """Runs of actgen.py as a user gives them: end to end, interrupted, with mistakes, on several processes."""
 
-import gc
-import io
-import itertools
 import json
 import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
-import traceback
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 import torchvision
 from PIL import Image
+from runs import (
+    TWO_PROCESSES,
+    command_line,
+    cut,
+    die_at,
+    empty,
+    in_child,
+    in_own_process,
+    lines_of,
+    result_and_files,
+    the_error,
+)
 
 import actgen
 import common
 
-ROOT = Path(actgen.__file__).parent
+pytestmark = pytest.mark.usefixtures("quick")
+SCRIPT = actgen
 TINY = dict(epochs=4, images_per_epoch=4, generation_batch_size=2, steps=4, eval_every=4, genval_share=0.5)
 DIGITS = TINY | dict(examples_per_class=4)
 FOLDER = TINY | dict(
     dataset="folder", classifier="small_cnn", pretrained=False, image_size=32, augment="crop", batch_size=4,
-    diffusion=ROOT / "digits_sd", attention_resolution=8, optimizer="adamw", lr=1e-3, workers=0,
+    diffusion=common.ROOT / "digits_sd", attention_resolution=8, optimizer="adamw", lr=1e-3, workers=0,
 )  # fmt: skip
-
-
-def command_line(**arguments):
-    return [str(word) for name, value in arguments.items() for word in (f"--{name}", value)]
-
-
-def in_own_process(*words, launcher=()):
-    command = [sys.executable, *launcher, str(ROOT / "actgen.py"), *words]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    return done.returncode, done.stdout, done.stderr
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick(pipe):
-    """In this process: 100 digits to evaluate on, and digits_sd loaded once."""
-    few = {k: v if k == "train" else (v[0][:100], v[1][:100]) for k, v in common._digit_splits().items()}
-    digits_sd, load = str(ROOT / "digits_sd"), common.load_pipeline
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(common, "_digit_splits", lambda: few)
-        patch.setattr(common, "load_pipeline", lambda name, *a: pipe if name == digits_sd else load(name, *a))
-        yield
-
-
-@pytest.fixture
-def in_this_process(monkeypatch, capsys):
-    """Runs a command line without paying for imports again: (status, stdout, stderr)."""
-
-    def run(*words):
-        monkeypatch.setattr(sys, "argv", ["actgen.py", *words])
-        monkeypatch.setitem(sys.modules, "__main__", actgen)
-        try:
-            status = common.cli(actgen.main, actgen.Args) or 0
-        except SystemExit as stop:
-            status = stop.code
-        gc.collect()  # a run folder stays locked while an exception's frames live
-        return status, *capsys.readouterr()
-
-    return run
-
-
-@pytest.fixture
-def mine(tmp_path):
-    """Arguments of a run on one's own images: odd sizes and modes, a space and an apostrophe in the names."""
-    rng, kinds = np.random.default_rng(0), [(40, 30, "L"), (17, 80, "RGB"), (5, 5, "P"), (33, 32, "CMYK")]
-    for split, name in itertools.product(("train", "test"), ("guinea pig", "baker's_yeast")):
-        (tmp_path / "data" / split / name).mkdir(parents=True)
-        for width, height, mode in [*kinds, (200, 64, "L")]:
-            image = Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8)).convert(mode)
-            image.save(tmp_path / "data" / split / name / f"{width}.{'jpg' if mode == 'CMYK' else 'png'}")
-    return FOLDER | {"data_dir": tmp_path / "data", "out": tmp_path / "run"}
-
-
-def the_error(outcome):
-    """The one line that a mistake ends with."""
-    status, _, stderr = outcome
-    lines = [line for line in stderr.splitlines() if "error:" in line]
-    assert status == 2 and len(lines) == 1 and lines[0].startswith("actgen.py: error: "), stderr
-    assert stderr.rstrip().endswith(lines[0]) and "Traceback" not in stderr and "usage:" not in stderr, stderr
-    return lines[0]
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "digits"
-    status, stdout, stderr = in_own_process(*command_line(**DIGITS, out=out))
+    status, stdout, stderr = in_own_process(actgen, *command_line(**DIGITS, out=out))
     assert status == 0, stderr
     return out, stdout
 
@@ -104,7 +51,7 @@ def test_a_run_writes_all_its_files(finished):
     config = json.loads((out / "config.json").read_text())
     assert config["args"] | DIGITS == config["args"] and config["args"]["classifier"] == "small_cnn"
     assert None not in config["args"].values() and "torch" in config["versions"]
-    metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    metrics = lines_of(out / "metrics.jsonl")
     assert [line["epoch"] for line in metrics] == [1, 2, 3, 4]
     assert [line["synthetic"] for line in metrics] == [0, 4, 8, 8]
     assert [line["images"] - line["synthetic"] for line in metrics] == [20, 20, 40, 40]  # gen-val merged
@@ -122,7 +69,7 @@ def test_a_run_writes_all_its_files(finished):
 def test_the_synthetic_folder_is_an_image_folder_with_metadata(finished):
     out, stdout = finished
     images = torchvision.datasets.ImageFolder(out / "synthetic")
-    records = [json.loads(line) for line in (out / "synthetic" / "metadata.jsonl").read_text().splitlines()]
+    records = lines_of(out / "synthetic" / "metadata.jsonl")
     assert len(images) == len(records) == int(re.search(r"(\d+) images generated", stdout)[1]) == 8
     assert {str(out / "synthetic" / r["file_name"]) for r in records} == {path for path, _ in images.samples}
     for r in records:
@@ -153,54 +100,11 @@ def test_a_finished_run_says_so_refuses_other_arguments_and_can_be_overwritten(
 def test_a_folder_of_ones_own_images_runs_end_to_end(mine, in_this_process):
     status, stdout, stderr = in_this_process(*command_line(**mine))
     assert status == 0 and "8 images generated" in stdout, stderr
-    records = [
-        json.loads(line) for line in (mine["out"] / "synthetic/metadata.jsonl").read_text().splitlines()
-    ]
+    records = lines_of(mine["out"] / "synthetic" / "metadata.jsonl")
     assert {r["class_name"] for r in records} <= {"guinea pig", "baker's yeast"}
     assert all((mine["out"] / "synthetic" / r["file_name"]).exists() for r in records)
     guides = [Path(r["guide"]) for r in records if r["guide"]]
     assert guides and all(g.is_relative_to(mine["data_dir"] / "train") and g.exists() for g in guides)
-
-
-def in_child(function) -> int:
-    """The exit status of function() in a forked process, which may die at any moment."""
-    if (pid := os.fork()) == 0:
-        signal.alarm(120)
-        torch.set_num_threads(1)
-        try:
-            function()
-            os._exit(0)
-        except BaseException:
-            traceback.print_exc()
-            sys.stderr.flush()
-            os._exit(1)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-
-
-def die_at(module, name, n):
-    """The n-th call of module.name ends the process; of torch.save after half of the bytes."""
-    function, calls = getattr(module, name), itertools.count(1)
-
-    def dying(*args, **kwargs):
-        if next(calls) < n:
-            return function(*args, **kwargs)
-        if module is torch:
-            function(args[0], buffer := io.BytesIO())
-            args[1].write(buffer.getvalue()[: buffer.tell() // 2])
-            args[1].flush()
-        os._exit(9)
-
-    setattr(module, name, dying)
-
-
-def result_and_files(out):
-    """All that a run leaves but its seconds."""
-    result = json.loads((out / "result.json").read_text())
-    scores = {
-        k: {s: x for s, x in v.items() if s not in ("generation", "training")} for k, v in result.items()
-    }
-    files = [*out.glob("synthetic/**/*.*"), *out.glob("samples/*"), *out.glob("*.jsonl"), *out.glob("*.tmp")]
-    return scores, {str(f.relative_to(out)): f.read_bytes() for f in files}
 
 
 def run_with_all_losses(out):
@@ -235,15 +139,6 @@ def test_the_result_is_the_same_after_a_kill_while(module, name, n, tmp_path, un
     assert not (tmp_path / "result.json").exists()
     assert in_child(lambda: run_with_all_losses(tmp_path)) == 0
     assert result_and_files(tmp_path) == uninterrupted
-
-
-def cut(path):
-    path.write_bytes(path.read_bytes()[:40])
-
-
-def empty(folder):
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
 
 
 MISTAKES = [  # in its own process?, what is done to the folder, arguments, words of the error
@@ -281,8 +176,9 @@ def test_a_mistake_ends_in_one_line(own, spoil, changes, words, mine, tmp_path, 
     monkeypatch.chdir(tmp_path)
     if spoil:
         spoil(tmp_path)
-    run = in_own_process if own else in_this_process
-    assert re.search(words, the_error(run(*command_line(**mine | changes))))
+    words_given = command_line(**mine | changes)
+    outcome = in_own_process(actgen, *words_given) if own else in_this_process(*words_given)
+    assert re.search(words, the_error(outcome))
 
 
 @pytest.mark.parametrize("mistake", [{"classifier": "resnet81"}, {"diffusion": "/nowhere/sd"}], ids=str)
@@ -320,7 +216,7 @@ def test_ctrl_c_says_that_the_run_can_go_on(mine, in_this_process, monkeypatch):
 def test_two_processes_generate_what_one_does(mine, tmp_path, in_this_process):
     mine |= {"few_shot": True, "generation_batch_size": 1}
     launcher = "-m accelerate.commands.launch --cpu --num_processes 2 --main_process_port 0".split()
-    two = in_own_process(*command_line(**mine | {"out": tmp_path / "two"}), launcher=launcher)
+    two = in_own_process(actgen, *command_line(**mine | {"out": tmp_path / "two"}), launcher=launcher)
     one = in_this_process(*command_line(**mine | {"out": tmp_path / "one"}))
     assert (one[0], two[0]) == (0, 0), one[2] + two[2]
 
