@@ -626,9 +626,7 @@ def run_once(args: Args, accelerator) -> dict:
     run = common.Run(args.out, args, accelerator, free=("seeds",))
     if result := run.result():
         return result
-    data = common.load_data(
-        args.dataset, args.data_dir, args.image_size, args.augment, args.examples_per_class, args.seed
-    )
+    data = common.data_of(args)
     result, pipe = {}, None
     if not args.real_only:  # loaded first: a wrong id shows before the baseline is trained
         pipe = common.load_pipeline(args.diffusion, accelerator.device)

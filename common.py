@@ -941,6 +941,12 @@ def fill_recipe(args: RunArgs, recipes: dict[str, dict], method: str) -> RunArgs
     return args
 
 
+def data_of(args: RunArgs, unlabelled: bool = False) -> Data:
+    """The data set the arguments name; see load_data."""
+    few, seed = args.examples_per_class, args.seed
+    return load_data(args.dataset, args.data_dir, args.image_size, args.augment, few, seed, unlabelled)
+
+
 def report(result: dict[str, dict], out: str) -> None:
     """The last lines printed: accuracy of each classifier in `result` (name: scores), images, seconds."""
     first, last = (list(result.values())[i] for i in (0, -1))

@@ -796,9 +796,7 @@ def run_once(args: Args, accelerator) -> dict:
     run = common.Run(args.out, args, accelerator, free=("seeds",))
     if result := run.result():
         return result
-    data = common.load_data(
-        args.dataset, args.data_dir, args.image_size, args.augment, args.examples_per_class, args.seed
-    )
+    data = common.data_of(args)
     if data.val is None:  # a quarter of the few images, at least one of each class
         rest, held = common.split_per_class(data.train.labels, 0.25, args.seed, at_least=1)
         if len(np.unique(np.asarray(data.train.labels)[rest])) < len(data.class_names):

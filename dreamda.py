@@ -708,10 +708,7 @@ def run_once(args: Args, accelerator) -> dict:
     run = common.Run(args.out, args, accelerator, free=("seeds",))
     if result := run.result():
         return result
-    data = common.load_data(
-        args.dataset, args.data_dir, args.image_size, args.augment, args.examples_per_class, args.seed,
-        unlabelled=args.unlabelled > 0,
-    )  # fmt: skip
+    data = common.data_of(args, unlabelled=args.unlabelled > 0)
     pool, records, about, kinds = None, [], {"generation": 0.0}, ["none"]
     if not args.real_only:
         check(args, data)
