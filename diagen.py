@@ -298,7 +298,7 @@ def parse_answer(answer: str, name: str, count: int) -> list[str]:
     dropped; missing ones become "a photo of a {name}".
     """
     prompts, begin = [], r"\ba photo of "
-    for line in re.findall(rf'{begin}(?:(?!{begin})[^"\u201d\n\[])*', answer, re.IGNORECASE):
+    for line in re.findall(rf'{begin}(?:(?!{begin})[^"\u201d\r\n\[])*', answer, re.IGNORECASE):
         line = line.rstrip(" .,;'`*\\]")
         if len(names_in(line, name)) == 1 and line not in prompts:
             prompts.append(line)
@@ -481,7 +481,8 @@ def train(args, run, accelerator, data, synthetic: Synthetic | None, files: tupl
                 for split, split_images in common.evaluation_splits(data).items()
                 if split != "val"
             }
-        progress["log"].append(line | {k: v["top1"] for k, v in progress["best"].items() if k != "epoch"})
+        best = {k: v["top1"] for k, v in progress["best"].items() if k not in ("epoch", "val")}
+        progress["log"].append(line | best)
         bar.set_postfix({k: f"{v:.3f}" for k, v in line.items() if isinstance(v, float)})
         progress["epoch"] = epoch + 1
         run.write_lines(files[1], progress["log"])
@@ -526,7 +527,7 @@ def learn_tokens(args: Args, run: common.Run, accelerator, pipe, data: common.Da
             if not files[c].exists():
                 save_embedding(row, f"<{names[c]}>", files[c])
     accelerator.wait_for_everyone()
-    return torch.stack([load_embedding(file) for file in files])
+    return torch.stack([load_embedding(file, start.shape[1]) for file in files])
 
 
 def save_embedding(row: torch.Tensor, token: str, path: Path) -> None:
@@ -538,13 +539,13 @@ def save_embedding(row: torch.Tensor, token: str, path: Path) -> None:
     temporary.replace(path)
 
 
-def load_embedding(path: Path) -> torch.Tensor:
-    """The only embedding [d] in a learned_embeds.safetensors. Raises UserError if it cannot be read."""
+def load_embedding(path: Path, width: int) -> torch.Tensor:
+    """The only embedding [width] in a learned_embeds.safetensors. Raises UserError if there is none such."""
     from safetensors.torch import load_file
 
     try:
         (row,) = load_file(path).values()
-        return row.float().flatten()
+        return row.float().reshape(width)
     except Exception as error:
         raise common.UserError(f"cannot read the embedding {path} ({error}); delete it") from None
 
@@ -791,6 +792,16 @@ def save_pictures(run, data: common.Data, images: common.Images, records: list[d
     common.save_captioned([images.sources[j] for j in low], captions, run.path / "samples" / "lowest.png", 6)
 
 
+def check(args: Args, accelerator, pipe, data: common.Data) -> None:
+    """Raises UserError for the mistakes that would otherwise show only after the images are generated."""
+    classifier = new_classifier(args, data.class_names)
+    common.make_optimizer(args.optimizer, classifier, args.lr, args.weight_decay)
+    common.make_loader(data.train, args.batch_size, accelerator)
+    stock_img2img(pipe, args.steps, args.strength)
+    if args.method != "real_guidance":
+        initial_embeddings(pipe, data.class_names, args.initializer)
+
+
 def run_once(args: Args, accelerator) -> dict:
     """One run in args.out, with its baselines; a finished run's result is read from its folder."""
     run = common.Run(args.out, args, accelerator, free=("seeds",))
@@ -811,9 +822,7 @@ def run_once(args: Args, accelerator) -> dict:
             jobs["DA-Fusion"] = as_method(args, "da_fusion")
         jobs[TITLES[args.method]] = args
         pipe = common.load_pipeline(args.diffusion, accelerator.device)
-        stock_img2img(pipe, args.steps, args.strength)  # mistakes show before there is anything to lose
-        if args.method != "real_guidance":
-            initial_embeddings(pipe, data.class_names, args.initializer)
+        check(args, accelerator, pipe, data)
     prompts = {title: find_prompts(job, run, accelerator, data) for title, job in jobs.items() if job}
     result, logs = {}, {}
     for title, job in jobs.items():

@@ -73,7 +73,8 @@ def generators(b):
 
 
 def quiet(pipeline_class, pipe, scheduler):
-    pipeline = pipeline_class(**pipe.components, requires_safety_checker=False)
+    parts = {name: part for name, part in pipe.components.items() if name != "image_encoder"}
+    pipeline = pipeline_class(**parts, requires_safety_checker=False)
     pipeline.scheduler = scheduler
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
@@ -120,10 +121,11 @@ def dreamda_calls(pipe, steps):
     img2img = quiet(StableDiffusionImg2ImgPipeline, pipe, ddim)
     cycle = quiet(CycleDiffusionPipeline, pipe, ddim)
     pixels = common.resolution(pipe)
-    options = dict(strength=0.8, num_inference_steps=steps, guidance_scale=scale, eta=1.0, output_type="pt")
+    options = dict(strength=0.8, num_inference_steps=steps, guidance_scale=scale, eta=1.0)
 
     def stock(b):
-        img2img(prompts(b), torch.rand(b, 3, pixels, pixels), generator=generators(b), **options)
+        images = torch.rand(b, 3, pixels, pixels)
+        img2img(prompts(b), images, generator=generators(b), output_type="pt", **options)
 
     def one_seed(b):
         inverted = dreamda.invert(
@@ -137,7 +139,7 @@ def dreamda_calls(pipe, steps):
     def stock_cycle(b):
         cycle(
             prompts(1)[0], "", torch.rand(1, 3, pixels, pixels), source_guidance_scale=1.5,
-            generator=generators(1)[0], **options,
+            generator=generators(1)[0], output_type="np", **options,
         )  # fmt: skip
 
     return {

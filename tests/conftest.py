@@ -1,9 +1,8 @@
-"""Fixtures: the embedded generator, loaded once, small data sets in the real file formats, runs in-process.
+"""Fixtures: the embedded generator, loaded once, small data sets in the real file formats.
 
-A module that runs a script names it in SCRIPT, and the arguments of a run on a folder of images in FOLDER.
+A module that runs a script has in FOLDER the arguments of a run on a folder of images.
 """
 
-import gc
 import itertools
 import sys
 from pathlib import Path
@@ -15,6 +14,9 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+pytest.register_assert_rewrite("runs")
+
+import runs  # noqa: E402
 
 import common  # noqa: E402
 
@@ -48,24 +50,6 @@ def quick(pipe):
 
 
 @pytest.fixture
-def in_this_process(request, monkeypatch, capsys):
-    """Runs a command line without paying for imports again: (status, stdout, stderr)."""
-    script = request.module.SCRIPT
-
-    def run(*words):
-        monkeypatch.setattr(sys, "argv", [Path(script.__file__).name, *words])
-        monkeypatch.setitem(sys.modules, "__main__", script)
-        try:
-            status = common.cli(script.main, script.Args) or 0
-        except SystemExit as stop:
-            status = stop.code
-        gc.collect()  # a run folder stays locked while an exception's frames live
-        return status, *capsys.readouterr()
-
-    return run
-
-
-@pytest.fixture
 def mine(request, tmp_path):
     """Arguments of a run on one's own images: odd sizes and modes, a space and an apostrophe in the names."""
     rng, kinds = np.random.default_rng(0), [(40, 30, "L"), (17, 80, "RGB"), (5, 5, "P"), (33, 32, "CMYK")]
@@ -78,12 +62,11 @@ def mine(request, tmp_path):
 
 
 @pytest.fixture
-def digit_folder(tmp_path):
-    """20 training and 20 test images of each digit, as a folder data set."""
-    for split, seed in (("train", 1), ("test", 2)):
-        world = common.render_pool(common.digit_pools()[split], 1000, seed)
-        for c, name in enumerate(common.DIGIT_NAMES):
-            (tmp_path / "digits" / split / name).mkdir(parents=True)
-            for i, image in enumerate(world["images"][world["labels"] == c][:20].numpy()):
-                Image.fromarray(image).save(tmp_path / "digits" / split / name / f"{i:02d}.png")
-    return tmp_path / "digits"
+def striped(request, tmp_path):
+    """Arguments of a run on 48 training and 60 test images of stripes; see runs.stripes."""
+    for split, count in (("train", 48), ("test", 60)):
+        for i, (image, y) in enumerate(zip(*runs.stripes(count, len(split)), strict=True)):
+            folder = tmp_path / "stripes" / split / common.DIGIT_NAMES[y]
+            folder.mkdir(parents=True, exist_ok=True)
+            image.save(folder / f"{i}.png")
+    return request.module.FOLDER | {"data_dir": tmp_path / "stripes", "image_size": 16, "augment": "none"}

@@ -14,12 +14,13 @@ import torchvision
 from PIL import Image
 from runs import (
     TWO_PROCESSES,
-    command_line,
+    check_ladder,
     cut,
     die_at,
     empty,
     in_child,
     in_own_process,
+    in_this_process,
     lines_of,
     result_and_files,
     the_error,
@@ -29,7 +30,6 @@ import actgen
 import common
 
 pytestmark = pytest.mark.usefixtures("quick")
-SCRIPT = actgen
 TINY = dict(epochs=4, images_per_epoch=4, generation_batch_size=2, steps=4, eval_every=4, genval_share=0.5)
 DIGITS = TINY | dict(examples_per_class=4)
 FOLDER = TINY | dict(
@@ -41,7 +41,7 @@ FOLDER = TINY | dict(
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "digits"
-    status, stdout, stderr = in_own_process(actgen, *command_line(**DIGITS, out=out))
+    status, stdout, stderr = in_own_process(actgen, **DIGITS, out=out)
     assert status == 0, stderr
     return out, stdout
 
@@ -78,27 +78,25 @@ def test_the_synthetic_folder_is_an_image_folder_with_metadata(finished):
     assert all(image.size == (32, 32) for image, _ in images)
 
 
-def test_a_finished_run_says_so_refuses_other_arguments_and_can_be_overwritten(
-    finished, tmp_path, in_this_process
-):
+def test_a_finished_run_says_so_refuses_other_arguments_and_can_be_overwritten(finished, tmp_path):
     out = tmp_path / "copy"
     shutil.copytree(finished[0], out)
-    status, stdout, _ = in_this_process(*command_line(**DIGITS, out=out))
+    status, stdout, _ = in_this_process(actgen, **DIGITS, out=out)
     assert status == 0 and "is finished" in stdout
     assert stdout.splitlines()[-3:] == finished[1].replace(str(finished[0]), str(out)).splitlines()[-3:]
-    error = the_error(in_this_process(*command_line(**DIGITS | {"steps": 5}, out=out)))
+    error = the_error(in_this_process(actgen, **DIGITS | {"steps": 5}, out=out))
     assert "--steps 4" in error and "--steps 5" in error and str(out) in error
     (out / "synthetic" / "one" / "old.png").parent.mkdir(exist_ok=True)
     (out / "synthetic" / "one" / "old.png").touch()
-    status, stdout, _ = in_this_process(*command_line(**DIGITS | {"steps": 5}, out=out), "--overwrite")
+    status, stdout, _ = in_this_process(actgen, "--overwrite", **DIGITS | {"steps": 5}, out=out)
     assert (
         status == 0 and "is finished" not in stdout and not (out / "synthetic" / "one" / "old.png").exists()
     )
     assert json.loads((out / "config.json").read_text())["args"]["steps"] == 5
 
 
-def test_a_folder_of_ones_own_images_runs_end_to_end(mine, in_this_process):
-    status, stdout, stderr = in_this_process(*command_line(**mine))
+def test_a_folder_of_ones_own_images_runs_end_to_end(mine):
+    status, stdout, stderr = in_this_process(actgen, **mine)
     assert status == 0 and "8 images generated" in stdout, stderr
     records = lines_of(mine["out"] / "synthetic" / "metadata.jsonl")
     assert {r["class_name"] for r in records} <= {"guinea pig", "baker's yeast"}
@@ -172,52 +170,61 @@ MISTAKES = [  # in its own process?, what is done to the folder, arguments, word
 
 
 @pytest.mark.parametrize("own, spoil, changes, words", MISTAKES, ids=[words for *_, words in MISTAKES])
-def test_a_mistake_ends_in_one_line(own, spoil, changes, words, mine, tmp_path, in_this_process, monkeypatch):
+def test_a_mistake_ends_in_one_line(own, spoil, changes, words, mine, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     if spoil:
         spoil(tmp_path)
-    words_given = command_line(**mine | changes)
-    outcome = in_own_process(actgen, *words_given) if own else in_this_process(*words_given)
-    assert re.search(words, the_error(outcome))
+    run = in_own_process if own else in_this_process
+    assert re.search(words, the_error(run(actgen, **mine | changes)))
 
 
 @pytest.mark.parametrize("mistake", [{"classifier": "resnet81"}, {"diffusion": "/nowhere/sd"}], ids=str)
-def test_after_a_mistake_the_corrected_command_runs(mistake, mine, in_this_process):
-    the_error(in_this_process(*command_line(**mine | mistake)))
-    status, _, stderr = in_this_process(*command_line(**mine))
+def test_after_a_mistake_the_corrected_command_runs(mistake, mine):
+    the_error(in_this_process(actgen, **mine | mistake))
+    status, _, stderr = in_this_process(actgen, **mine)
     assert status == 0, stderr
 
 
-def test_a_truncated_checkpoint_is_named(mine, in_this_process):
-    assert in_this_process(*command_line(**mine))[0] == 0
+def test_a_truncated_checkpoint_is_named(mine):
+    assert in_this_process(actgen, **mine)[0] == 0
     (mine["out"] / "result.json").unlink()
     for length in (20_000, 300, 0):
         os.truncate(mine["out"] / "checkpoint.pt", length)
-        error = the_error(in_this_process(*command_line(**mine)))
+        error = the_error(in_this_process(actgen, **mine))
         assert f"cannot read {mine['out'] / 'checkpoint.pt'}" in error and len(error) < 500
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
-def test_a_full_disk_is_named_and_the_run_goes_on_when_there_is_space(mine, in_this_process):
+def test_a_full_disk_is_named_and_the_run_goes_on_when_there_is_space(mine):
     mine["out"].mkdir()
     (mine["out"] / "checkpoint.pt.tmp").symlink_to("/dev/full")
-    assert "No space left on device; free some space" in the_error(in_this_process(*command_line(**mine)))
+    assert "No space left on device; free some space" in the_error(in_this_process(actgen, **mine))
     (mine["out"] / "checkpoint.pt.tmp").unlink()
-    assert in_this_process(*command_line(**mine))[0] == 0
+    assert in_this_process(actgen, **mine)[0] == 0
 
 
-def test_ctrl_c_says_that_the_run_can_go_on(mine, in_this_process, monkeypatch):
+def test_ctrl_c_says_that_the_run_can_go_on(mine, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(common, "train_epoch", lambda *_: signal.raise_signal(signal.SIGINT))
-        assert "stopped; the same command goes on" in the_error(in_this_process(*command_line(**mine)))
-    assert in_this_process(*command_line(**mine))[0] == 0
+        assert "stopped; the same command goes on" in the_error(in_this_process(actgen, **mine))
+    assert in_this_process(actgen, **mine)[0] == 0
 
 
-def test_two_processes_generate_what_one_does(mine, tmp_path, in_this_process):
-    mine |= {"few_shot": True, "generation_batch_size": 1}
-    launcher = "-m accelerate.commands.launch --cpu --num_processes 2 --main_process_port 0".split()
-    two = in_own_process(actgen, *command_line(**mine | {"out": tmp_path / "two"}), launcher=launcher)
-    one = in_this_process(*command_line(**mine | {"out": tmp_path / "one"}))
+def test_the_ladder_runs_every_rung_with_every_seed(tmp_path):
+    tiny = DIGITS | dict(epochs=2, eval_every=2, images_per_epoch=2, steps=2, examples_per_class=2)
+    status, stdout, stderr = in_this_process(actgen, "--ladder", **tiny, seeds=2, out=tmp_path)
+    assert status == 0 and (tmp_path / "ladder.md").read_text() in stdout, stderr
+    check_ladder(actgen, tmp_path, seeds=(0, 1))
+    folders = [tmp_path / f"{rung}-s1" / "synthetic" for rung in ("real-only", "adversarial")]
+    assert [len([*folder.glob("*/*.png")]) for folder in folders] == [0, 2]
+
+
+def test_two_processes_generate_what_one_does_and_learn_as_well(striped, tmp_path):
+    """Batch norm sees half a batch, augmentations are others; what is to be learnt is easy: both learn it."""
+    striped |= dict(few_shot=True, generation_batch_size=1, images_per_epoch=2, lr=0.01)
+    striped |= dict(epochs=6, eval_every=6, batch_size=8)
+    two = in_own_process(actgen, launcher=TWO_PROCESSES, **striped, out=tmp_path / "two")
+    one = in_this_process(actgen, **striped, out=tmp_path / "one")
     assert (one[0], two[0]) == (0, 0), one[2] + two[2]
 
     def written(out):
@@ -225,6 +232,9 @@ def test_two_processes_generate_what_one_does(mine, tmp_path, in_this_process):
         return names, (out / "synthetic" / "metadata.jsonl").read_text()
 
     assert written(tmp_path / "one") == written(tmp_path / "two")
+    for out in ("one", "two"):
+        result = json.loads((tmp_path / out / "result.json").read_text())
+        assert min(scores["test"]["top1"] for scores in result.values()) > 0.8
 
 
 def test_a_process_draws_its_batches_whatever_the_others_have_drawn(tmp_path, monkeypatch, pipe):

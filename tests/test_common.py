@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import runs
 import torch
 import torchvision
 from PIL import Image
@@ -153,6 +154,33 @@ def test_cifar_archives_are_read(tmp_path, monkeypatch, kind, n):
     assert data.train[0][0].shape == (3, 32, 32)
 
 
+def test_stl10s_binary_files_are_read_with_the_unlabelled_part_if_asked_for(tmp_path, monkeypatch):
+    stl10 = torchvision.datasets.STL10
+    folder, names = tmp_path / stl10.base_folder, ["airplane", "bird"]
+    folder.mkdir()
+
+    def dump(name, content):
+        (folder / name).write_bytes(content)
+        return [name, md5((folder / name).read_bytes()).hexdigest()]
+
+    def part(name, reds):  # planes of 96 columns, red, green, blue; labels from 1
+        pixels = np.repeat(np.array([[red, 200, 7] for red in reds], np.uint8), 96 * 96, 1)
+        labels = bytes(red // 10 for red in reds)
+        return [dump(f"{name}_X.bin", pixels.tobytes()), dump(f"{name}_y.bin", labels)]
+
+    monkeypatch.setattr(stl10, "test_list", part("test", [20, 10]))
+    unlabelled = part("unlabeled", [50, 60, 70, 80])[:1]
+    monkeypatch.setattr(stl10, "train_list", part("train", [10, 20, 10]) + unlabelled)
+    (folder / stl10.class_names_file).write_text("\n".join(names))
+    data = common.load_data("stl10", str(tmp_path), 32, "none", per_class=1, unlabelled=True)
+    assert data.class_names == names and data.train.labels == [0, 1] and data.test.labels == [1, 0]
+    assert [colour_of(data.test, i) for i in range(2)] == [[20, 200, 7], [10, 200, 7]]
+    extra = data.unlabelled.subset(range(4), data.test.transform)
+    assert [colour_of(extra, i)[0] for i in range(4)] == [50, 60, 70, 80] and set(extra.labels) == {-1}
+    few = common.load_data("stl10", str(tmp_path), 32, "none", per_class=1)  # what the draw has left
+    assert len(few.unlabelled) == 1 and few.unlabelled[0][1] == 0
+
+
 def test_eurosat_folders_are_read_a_fifth_is_held_out_and_a_bad_file_is_named(tmp_path):
     for name, colour in {"AnnualCrop": RED, "SeaLake": BLUE}.items():
         for i in range(10):
@@ -246,17 +274,8 @@ def test_a_classifier_gives_one_logit_per_class(name, size):
 
 
 def test_clip_starts_as_its_own_zero_shot_classifier(tmp_path):
-    from transformers import CLIPConfig, CLIPModel
-
-    names, layers = ["cat", "guinea pig"], dict(num_hidden_layers=2, num_attention_heads=2)
-    tokenizer = common.build_tokenizer("a photo of cat guinea pig".split())
-    ids = {f"{k}_token_id": getattr(tokenizer, f"{k}_token_id") for k in ("bos", "eos", "pad")}
-    layers |= dict(hidden_size=16, intermediate_size=32)
-    text = dict(**layers, **ids, vocab_size=len(tokenizer), max_position_embeddings=16)
-    vision = dict(**layers, image_size=32, patch_size=8)
-    clip = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=12)).eval()
-    clip.save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
+    names = ["cat", "guinea pig"]
+    clip, tokenizer = runs.tiny_clip(tmp_path, "cat guinea pig")
     x = torch.rand(5, 3, 32, 32)
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in common.CLIP_MEAN_STD)
     words = tokenizer([f"a photo of a {n}" for n in names], padding=True, return_tensors="pt")
@@ -349,6 +368,21 @@ def test_curves_show_accuracies_that_are_measured_now_and_then(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # Matplotlib warns of a legend without curves
         common.save_curves({"real only": lines}, tmp_path / "curves.png")
+
+
+@pytest.mark.parametrize("samples", [0, 24])
+def test_processes_share_one_random_order_whatever_each_has_drawn(samples):
+    images, shares = common.Images([Image.new("RGB", (1, 1), (i, 0, 0)) for i in range(24)], range(24)), []
+    images.transform = common.make_transforms(1, "none")[1]
+    for index in range(2):
+        torch.manual_seed(0)
+        process = SimpleNamespace(num_processes=2, process_index=index, device=torch.device("cpu"))
+        loader = common.make_loader(images, 8, process, True, samples=samples)
+        torch.rand(index)  # augmentation
+        shares.append([y.tolist() for _, y in loader])
+    batches = [a + b for a, b in zip(*shares, strict=True)]
+    assert [len(batch) for batch in batches] == [8] * 3 and batches != [sorted(b) for b in batches]
+    assert sorted(itertools.chain(*batches)) == list(range(24))
 
 
 def open_run(path, overwrite=False, **arguments):

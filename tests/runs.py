@@ -1,0 +1,166 @@
+"""Helpers of the tests that run a script as a user does; `script` is its module, actgen or dreamda."""
+
+import gc
+import io
+import itertools
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import traceback
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import common
+
+TWO_PROCESSES = "-m torch.distributed.run --standalone --nproc_per_node 2".split()
+
+
+def command_line(words, arguments):
+    return [str(word) for name, value in arguments.items() for word in (f"--{name}", value)] + list(words)
+
+
+def in_own_process(script, *words, launcher=(), **arguments):
+    """(status, stdout, stderr) of the script with these arguments.
+
+    launcher: TWO_PROCESSES on the CPU; `accelerate launch --cpu --num_processes 2` would start only one.
+    """
+    command = [sys.executable, *launcher, script.__file__, *command_line(words, arguments)]
+    env = os.environ | ({"ACCELERATE_USE_CPU": "true"} if launcher else {})
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env)
+    return done.returncode, done.stdout, done.stderr
+
+
+def in_this_process(script, *words, **arguments):
+    """The same without paying for imports again."""
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        redirect_stdout(io.StringIO()) as out,
+        redirect_stderr(io.StringIO()) as err,
+    ):
+        patch.setattr(sys, "argv", [Path(script.__file__).name, *command_line(words, arguments)])
+        patch.setitem(sys.modules, "__main__", script)
+        try:
+            status = common.cli(script.main, script.Args) or 0
+        except SystemExit as stop:
+            status = stop.code
+    gc.collect()  # a run folder stays locked while an exception's frames live
+    return status, out.getvalue(), err.getvalue()
+
+
+def the_error(outcome):
+    """The one line that a mistake ends with."""
+    status, _, stderr = outcome
+    lines = [line for line in stderr.splitlines() if "error:" in line]
+    assert status == 2 and len(lines) == 1 and re.match(r"\w+\.py: error: ", lines[0]), stderr
+    assert stderr.rstrip().endswith(lines[0]) and "Traceback" not in stderr and "usage:" not in stderr, stderr
+    return lines[0]
+
+
+def in_child(function) -> int:
+    """The exit status of function() in a forked process, which may die at any moment."""
+    if (pid := os.fork()) == 0:
+        signal.alarm(120)
+        torch.set_num_threads(1)
+        try:
+            function()
+            os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+            sys.stderr.flush()
+            os._exit(1)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def die_at(module, name, n):
+    """The n-th call of module.name ends the process; of torch.save after half of the bytes."""
+    function, calls = getattr(module, name), itertools.count(1)
+
+    def dying(*args, **kwargs):
+        if next(calls) < n:
+            return function(*args, **kwargs)
+        if module is torch:
+            function(args[0], buffer := io.BytesIO())
+            args[1].write(buffer.getvalue()[: buffer.tell() // 2])
+            args[1].flush()
+        os._exit(9)
+
+    setattr(module, name, dying)
+
+
+def lines_of(path):
+    """The records of a JSON lines file."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def result_and_files(out):
+    """All that a run leaves but its seconds."""
+    result = json.loads((out / "result.json").read_text())
+    scores = {
+        k: {s: x for s, x in v.items() if s not in ("generation", "training")} for k, v in result.items()
+    }
+    files = [*out.glob("synthetic/**/*.*"), *out.glob("samples/*"), *out.glob("*.jsonl"), *out.glob("*.tmp")]
+    return scores, {str(f.relative_to(out)): f.read_bytes() for f in files}
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:40])
+
+
+def empty(folder):
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+
+
+def stripes(count, seed):
+    """Noisy stripes, 16 x 16 pixels, in one of four directions, the class; colour, width and phase vary.
+
+    Easy enough for a small classifier to learn in seconds. Returns PIL images and labels.
+    """
+    rng, (v, u) = np.random.default_rng(seed), np.mgrid[:16, :16]
+    labels, images = rng.permutation(np.arange(count) % 4), []
+    for y in labels:
+        angle = y * np.pi / 4
+        wave = np.sin((u * np.cos(angle) + v * np.sin(angle)) * rng.uniform(1, 1.6) + rng.uniform(0, 7))
+        image = 0.5 + 0.4 * wave[..., None] * rng.uniform(0.3, 1, 3) + rng.normal(0, 0.15, (16, 16, 3))
+        images.append(Image.fromarray((255 * image.clip(0, 1)).astype(np.uint8)))
+    return images, labels
+
+
+def tiny_clip(folder, names):
+    """A CLIP model with random weights, saved in a folder, and its tokenizer, which knows `names`."""
+    from transformers import CLIPConfig, CLIPModel
+
+    layers = dict(num_hidden_layers=2, num_attention_heads=2, hidden_size=16, intermediate_size=32)
+    tokenizer = common.build_tokenizer(["a", "photo", "of", *names.split()])
+    ids = {f"{k}_token_id": getattr(tokenizer, f"{k}_token_id") for k in ("bos", "eos", "pad")}
+    text = dict(**layers, **ids, vocab_size=len(tokenizer), max_position_embeddings=16)
+    vision = dict(**layers, image_size=32, patch_size=8)
+    clip = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=12)).eval()
+    clip.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return clip, tokenizer
+
+
+def check_ladder(script, out, seeds):
+    """ladder.json has each run's own accuracy, ladder.md a row a rung with the mean over the seeds."""
+    ladder = json.loads((out / "ladder.json").read_text())
+    rows = [line.split(" | ") for line in (out / "ladder.md").read_text().splitlines()[4:]]
+    assert [row[0].removeprefix("| ") for row in rows] == list(script.LADDER)
+    for split, accuracies in ladder["top1"].items():
+        column = 1 + 2 * list(ladder["top1"]).index(split)
+        for row, (rung, values) in zip(rows, accuracies.items(), strict=True):
+            folders = [out / f"{re.sub('[^a-zA-Z0-9]+', '-', rung).strip('-')}-s{seed}" for seed in seeds]
+            results = [json.loads((folder / "result.json").read_text()) for folder in folders]
+            assert values == [100 * list(result.values())[-1][split]["top1"] for result in results]
+            assert row[column].startswith(f"{np.mean(values):.1f} ± ")
+    assert set(ladder["top1"]) == {"test", "test_ood", "val"}
+    return ladder

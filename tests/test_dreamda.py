@@ -1,0 +1,484 @@
+"""DreamDA's properties, against stock diffusers, closed forms and data whose true labels are known."""
+
+import itertools
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import runs
+import torch
+import torch.nn.functional as F
+from diffusers import (
+    CycleDiffusionPipeline,
+    DDIMScheduler,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionPipeline,
+)
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from scipy.stats import ttest_rel
+from torch import nn
+
+import common
+import dreamda
+
+PLACES = ["bottleneck", "mid_input", "down", "up", "latents"]
+
+
+def generators(n, key=0):
+    return [common.generator(key, i) for i in range(n)]
+
+
+def prompts_of(labels):
+    return [f"a photo of a {common.DIGIT_NAMES[y]}" for y in labels]
+
+
+@pytest.fixture(scope="module")
+def seeds():
+    """12 held-out digits: images [12, 3, 32, 32] and their labels."""
+    r = common.render_pool(common.digit_pools()["test"], 12, seed=5)
+    return r["images"].permute(0, 3, 1, 2).float() / 255, r["labels"]
+
+
+@pytest.fixture(scope="module")
+def inverted(pipe, seeds):
+    return dreamda.invert(pipe, seeds[0], generators(12), steps=8)
+
+
+def sampled(pipe, inverted, prompts, s=0.0, perturb="bottleneck", guidance=4.0):
+    """A variation of each inverted image."""
+    n = len(prompts)
+    return dreamda.vary(
+        pipe, inverted, torch.arange(n), prompts, generators(n, 1), perturb=perturb, noise_scale=s,
+        relative_noise=True, guidance_scale=guidance,
+    )  # fmt: skip
+
+
+# --- inversion
+
+
+@pytest.fixture
+def stock(pipe, monkeypatch):
+    """Makes a stock pipeline of pipe's parts with DDIM sampling as in SD 1.5, whose last step has noise, too.
+
+    It encodes images as we do, by the posterior's mode, without a draw.
+    """
+    monkeypatch.setattr(DiagonalGaussianDistribution, "sample", lambda self, _=None: self.mode())
+    scheduler = DDIMScheduler.from_config(pipe.scheduler.config, set_alpha_to_one=False)
+
+    def make(kind):
+        parts = {k: v for k, v in pipe.components.items() if k != "image_encoder"} | {"scheduler": scheduler}
+        made = kind(**parts, requires_safety_checker=False)
+        made.set_progress_bar_config(disable=True)
+        return made
+
+    return make
+
+
+@pytest.mark.parametrize(
+    "source, source_guidance, guidance, eta",
+    [
+        ("", 1.5, 4.0, 1.0),
+        ("a photo of a red one", 2.0, 4.0, 1.0),
+        ("a photo of a red one", 1.0, 1.0, 0.5),
+    ],
+)
+def test_inversion_and_sampling_are_stock_cycle_diffusion(
+    stock, seeds, source, source_guidance, guidance, eta
+):
+    images, prompts = seeds[0][:1], prompts_of(seeds[1][:1])
+    expected = stock(CycleDiffusionPipeline)(
+        prompts[0], source, images, num_inference_steps=12, guidance_scale=guidance, output_type="latent",
+        source_guidance_scale=source_guidance, eta=eta, generator=common.generator(0, 0),
+    ).images  # fmt: skip
+    pipe = stock(StableDiffusionPipeline)
+    inverted = dreamda.invert(
+        pipe, images, generators(1), source_prompts=[source], source_guidance=source_guidance, steps=12,
+        eta=eta,
+    )  # fmt: skip
+    assert inverted.steps.sigma.min() > 0
+    assert torch.allclose(sampled(pipe, inverted, prompts, guidance=guidance), expected, atol=1e-4)
+
+
+def test_without_inversion_it_is_stock_img2img_bit_for_bit(stock, seeds):
+    images, prompts = seeds[0][:3], prompts_of(seeds[1][:3])
+    expected = stock(StableDiffusionImg2ImgPipeline)(
+        prompts, images, num_inference_steps=12, guidance_scale=4.0, eta=1.0, generator=generators(3),
+        output_type="latent",
+    ).images  # fmt: skip
+    pipe = stock(StableDiffusionPipeline)
+    start = dreamda.invert(pipe, images, generators(3), method="none", steps=12)
+    assert torch.equal(sampled(pipe, start, prompts, 5.0, perturb="none"), expected)
+
+
+@pytest.mark.parametrize("prompt", ["", "a photo of a {}"])
+def test_zero_noise_reproduces_the_seed(pipe, seeds, prompt):
+    images, prompts = seeds[0][:4], [prompt.format(common.DIGIT_NAMES[y]) for y in seeds[1][:4]]
+    options = dict(source_prompts=prompts, source_guidance=4.0, steps=25)
+    inverted = dreamda.invert(pipe, images, generators(4), **options)
+    assert (sampled(pipe, inverted, prompts) - common.encode(pipe, images)).abs().max() < 1e-3
+
+
+def test_ddim_inversion_is_deterministic_and_nears_the_seed_with_more_steps(pipe, seeds):
+    images, prompts, errors = seeds[0][:2], prompts_of(seeds[1][:2]), []
+
+    def invert(steps, key):
+        options = dict(method="ddim", source_prompts=prompts, source_guidance=1.0, steps=steps)
+        return dreamda.invert(pipe, images, generators(2, key), **options)
+
+    for steps in (6, 18, 54):
+        inverted = invert(steps, 0)
+        error = sampled(pipe, inverted, prompts, guidance=1.0) - common.encode(pipe, images)
+        errors.append(error.square().mean().sqrt().item())
+    assert errors[0] > 1.5 * errors[1] > 2 * errors[2] and errors[2] < 0.06
+    assert torch.equal(invert(6, 0).start, invert(6, 1).start)
+    assert inverted.noise.abs().max() == 0 == inverted.steps.sigma.max()
+
+
+@pytest.mark.parametrize("to_one", [True, False])
+@pytest.mark.parametrize("steps, strength, eta", [(7, 1.0, 1.0), (25, 0.8, 0.3), (100, 0.5, 0.0)])
+def test_a_step_is_the_stock_ddim_schedulers(pipe, to_one, steps, strength, eta):
+    scheduler = DDIMScheduler.from_config(pipe.scheduler.config, set_alpha_to_one=to_one)
+    scheduler.set_timesteps(steps)
+    s = dreamda.ddim_steps(SimpleNamespace(scheduler=scheduler, device="cpu"), steps, strength, eta)
+    assert torch.equal(s.t, scheduler.timesteps[-int(steps * strength) :])
+    for i, t in enumerate(s.t):
+        z, eps, xi = torch.randn(3, 2, 4, 16, 16)
+        mine = dreamda.ddim_mean(z, eps, s.alpha[i], s.previous[i], s.sigma[i]) + s.sigma[i] * xi
+        expected = scheduler.step(eps, t, z, eta=eta, variance_noise=xi).prev_sample
+        assert torch.allclose(mine, expected, atol=1e-5)
+
+
+def test_a_v_prediction_becomes_the_noise_that_the_stock_scheduler_takes_it_for():
+    scheduler = DDIMScheduler(prediction_type="v_prediction", clip_sample=False)
+    scheduler.set_timesteps(10)
+    output, z = torch.randn(2, 2, 4, 8, 8)
+
+    class UNet(nn.Module):
+        dtype = torch.float32
+
+        def forward(self, z, t, text):
+            return SimpleNamespace(sample=output)
+
+    pipe = SimpleNamespace(unet=UNet(), scheduler=scheduler, device="cpu")
+    s = dreamda.ddim_steps(pipe, 10, 1.0, eta=0.0)
+    for i, t in enumerate(s.t):
+        eps = dreamda.predict_eps(pipe, z, t, s.alpha[i], torch.zeros(1))
+        expected = scheduler.step(output, t, z)
+        z_again = s.alpha[i] ** 0.5 * expected.pred_original_sample + (1 - s.alpha[i]) ** 0.5 * eps
+        assert torch.allclose(z_again, z, atol=1e-5)
+        mean = dreamda.ddim_mean(z, eps, s.alpha[i], s.previous[i], s.sigma[i])
+        assert torch.allclose(mean, expected.prev_sample, atol=1e-5)
+
+
+def test_a_batch_is_inverted_as_its_images_alone_whatever_the_rows(pipe, seeds):
+    images, prompts = seeds[0][:3], prompts_of(seeds[1][:3])
+    batch = dreamda.invert(pipe, images, generators(3), source_prompts=prompts, steps=8)
+    few = dreamda.invert(pipe, images, generators(3), source_prompts=prompts, steps=8, rows=4)
+    assert torch.equal(few.start, batch.start) and torch.allclose(few.noise, batch.noise, atol=1e-4)
+    for i in range(3):
+        one = slice(i, i + 1)
+        alone = dreamda.invert(pipe, images[one], generators(3)[one], source_prompts=prompts[one], steps=8)
+        assert torch.allclose(alone.start, batch.start[one], atol=1e-5)
+        assert torch.allclose(alone.noise, batch.noise[:, one], atol=1e-4)
+
+
+def test_steps_that_leave_nothing_are_refused(pipe):
+    for steps, strength in ((2000, 0.8), (1000, 1.0), (4, 0.2), (10, 1.1), (0, 1.0)):
+        with pytest.raises(common.UserError, match=f"--steps {steps} .*--strength {strength}"):
+            dreamda.ddim_steps(pipe, steps, strength)
+
+
+# --- perturbation
+
+
+def untouched(unet):
+    return not any(m._forward_hooks or m._forward_pre_hooks for m in unet.modules())
+
+
+@pytest.mark.parametrize("where", PLACES)
+def test_distance_to_the_seed_grows_with_s_and_no_hook_is_left(pipe, seeds, inverted, where):
+    x, text, z0 = torch.randn(2, 4, 16, 16), torch.randn(2, 16, 96), common.encode(pipe, seeds[0])
+    before, distances = pipe.unet(x, 500, text).sample, []
+    for s in (0.0, 0.1, 0.5, 2.0):
+        z = sampled(pipe, inverted, [""] * 12, s, where)
+        distances.append((z - z0).flatten(1).norm(dim=1))
+        assert untouched(pipe.unet) and torch.equal(pipe.unet(x, 500, text).sample, before)
+    assert distances[0].max() < 1e-3
+    for less, more in itertools.pairwise(distances):
+        assert ttest_rel(more.log(), less.log(), alternative="greater").pvalue < 1e-3
+
+
+@pytest.mark.parametrize("where", PLACES)
+def test_the_unet_is_restored_also_after_an_exception(pipe, inverted, where, monkeypatch):
+    x, text = torch.randn(2, 4, 16, 16), torch.randn(2, 16, 96)
+    before, forward, hooked = pipe.unet(x, 500, text).sample, pipe.unet.up_blocks[-1].forward, []
+
+    def broken(*args, **kwargs):
+        hooked.append(not untouched(pipe.unet))
+        if len(hooked) == 3:
+            raise RuntimeError("out of memory")
+        return forward(*args, **kwargs)
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="out of memory"):
+        patch.setattr(pipe.unet.up_blocks[-1], "forward", broken)
+        sampled(pipe, inverted, [""] * 2, 1.0, where)
+    assert hooked == [True] * 3 and untouched(pipe.unet)
+    assert torch.equal(pipe.unet(x, 500, text).sample, before)
+
+
+def test_zero_noise_adds_no_hook_and_an_unknown_place_is_refused(pipe):
+    for where, s in (("bottleneck", 0.0), ("none", 3.0)):
+        with dreamda.Perturbation(pipe.unet, where, s, generators(1)):
+            assert untouched(pipe.unet)
+    with pytest.raises(common.UserError, match="--perturb 'head'.* bottleneck, "):
+        dreamda.Perturbation(pipe.unet, "head", 1.0, generators(1))
+
+
+def heard(unet, modules, perturbation, calls=1):
+    """What `modules` put out, in order, in forward passes of six random rows under a perturbation."""
+    x, text = torch.randn(6, 4, 16, 16), torch.randn(6, 16, 96)
+    outputs = []
+    with torch.no_grad(), perturbation:
+        handles = [m.register_forward_hook(lambda *io: outputs.append(io[-1])) for m in modules]
+        for _ in range(calls):
+            unet(x, 500, text)
+        for handle in handles:
+            handle.remove()
+    return [h[0] if isinstance(h, tuple) else h for h in outputs]
+
+
+@pytest.mark.parametrize("relative", [False, True])
+@pytest.mark.parametrize("paired", [False, True])
+def test_the_bottleneck_gets_fresh_noise_of_scale_s(pipe, relative, paired):
+    """Both guidance rows of an image: the same noise if paired, else independent."""
+
+    def features(s):
+        torch.manual_seed(0)
+        p = dreamda.Perturbation(pipe.unet, "bottleneck", s, generators(3), relative, paired)
+        return torch.stack(heard(pipe.unet, [pipe.unet.mid_block], p, calls=2))
+
+    h = features(0.0)
+    n = (features(3.0) - h).reshape(2, 2, 3, -1)  # [call, guidance row, image, features]
+    s = 3 * (h[0, 3:].flatten(1).std(1) if relative else torch.ones(3))
+    assert torch.allclose(n.std(3), s.expand(2, 2, 3), rtol=0.1)
+    assert (n.mean(3).abs() < 4 * s / n.shape[3] ** 0.5).all()
+    same = torch.eye(12, dtype=torch.bool).view(2, 2, 3, 2, 2, 3)
+    if paired:
+        same |= same.flip(1)
+    correlation = torch.corrcoef(n.flatten(0, 2)).view(same.shape)
+    assert torch.allclose(correlation[same], torch.ones(()), atol=1e-3)
+    assert correlation[~same].abs().max() < 5 / n.shape[3] ** 0.5
+
+
+@pytest.mark.parametrize("where, blocks_before", [("latents", 0), ("down", 1), ("mid_input", 4), ("up", 5)])
+def test_noise_enters_where_it_is_asked_for(pipe, where, blocks_before):
+    unet = pipe.unet
+    modules = [unet.conv_in, *unet.down_blocks, unet.mid_block, *unet.up_blocks, unet.conv_out]
+    features = []
+    for s in (0.0, 0.5):
+        torch.manual_seed(0)
+        features.append(heard(unet, modules, dreamda.Perturbation(unet, where, s, generators(3))))
+    same = [torch.equal(*pair) for pair in zip(*features, strict=True)]
+    assert same == [i < blocks_before for i in range(len(modules))]
+
+
+def test_a_batch_of_variations_equals_batches_of_one(pipe, seeds, inverted):
+    which, prompts = torch.tensor([0, 0, 0, 2]), prompts_of(seeds[1][[0, 0, 0, 2]])
+    options = dict(noise_scale=3.0, guidance_scale=4.0)
+    batch = dreamda.vary(pipe, inverted, which, prompts, generators(4), **options)
+    for i in range(4):
+        one = slice(i, i + 1)
+        alone = dreamda.vary(pipe, inverted, which[one], prompts[one], generators(4)[one], **options)
+        assert torch.allclose(alone, batch[one], atol=1e-4)
+    assert (batch[0] - batch[1]).abs().max() > 0.1
+
+
+# --- self-training
+
+
+def test_the_orthogonality_loss_by_hand():
+    heads = [[(1, 0), (0, 1)], [(0, 2), (0, -3)], [(3, 4), (-1, 0)]]
+    # class by class: heads 1 and 2: |cos| 0, 1; heads 1 and 3: 0.6, 0; heads 2 and 3: 0.8, 0
+    weights = torch.tensor(heads, dtype=torch.float32)
+    assert dreamda.orthogonality_loss(weights).item() == pytest.approx(0.5 + 0.3 + 0.4)
+    assert dreamda.orthogonality_loss(5 * weights).item() == pytest.approx(1.2)
+    assert dreamda.orthogonality_loss(weights[:1].expand(4, -1, -1)).item() == pytest.approx(6)
+
+
+def test_the_consistency_loss_by_hand_teaches_the_strong_view_alone():
+    strong, weak = torch.tensor([[0.0, math.log(3)], [1.0, 1.0]], requires_grad=True), torch.zeros(2, 2)
+    loss = dreamda.consistency_loss(strong, weak.requires_grad_().softmax(1))
+    assert torch.allclose(loss, torch.tensor([2 * 0.25**2, 0.0]), atol=1e-6)
+    loss.sum().backward()
+    assert weak.grad is None and strong.grad[0].abs().max() > 0
+
+
+def test_heads_agree_if_all_vote_alike_and_are_sure_on_average():
+    sure, unsure, other = [40.0, 0.0, -40.0], [0.0, 0.0, -99.0], [0.0, 40.0, -40.0]
+    logits = torch.tensor([
+        [sure, sure, sure, unsure],  # confidences 1, 1, 1, 1/2
+        [sure, sure, sure, other],  # one dissents
+        [sure, sure, other, other],  # a tie
+        [other, other, other, other],
+        [unsure, unsure, unsure, unsure],
+    ])  # fmt: skip
+    for threshold, accepted in [(0.875, [0, 3]), (0.8751, [3]), (1.0, [3]), (0.5, [0, 3, 4]), (1.1, [])]:
+        label, agreed = dreamda.agreement(logits, threshold)
+        assert agreed.nonzero().flatten().tolist() == accepted
+        assert label[[0, 3, 4]].tolist() == [0, 1, 0]
+
+
+def test_equal_heads_filter_nothing_but_by_the_threshold():
+    logits = 2 * torch.randn(200, 1, 10)
+    equal = logits.expand(-1, 5, -1)
+    for threshold in (0.0, 0.5):
+        amst, head = (dreamda.synthetic_targets(k, equal, None, threshold) for k in ("amst", "head"))
+        assert torch.equal(amst[0], head[0]) and torch.equal(amst[1], head[1])
+    assert dreamda.agreement(equal, 0.0)[1].all() and 0 < dreamda.agreement(equal, 0.5)[1].sum() < 200
+    assert not dreamda.agreement(2 * torch.randn(200, 4, 10), 0.0)[1].all()
+
+
+def test_targets_by_every_kind_of_label():
+    main = [[0.7, 0.2, 0.1], [0.1, 0.3, 0.6]]
+    agreeing, disagreeing = [[0.1, 0.8, 0.1], [0.2, 0.7, 0.1]], [[0.1, 0.8, 0.1], [0.7, 0.2, 0.1]]
+    logits = torch.tensor([[main[0], *agreeing], [main[1], *disagreeing]]).log()
+    seed_labels, clip_logits = torch.tensor([2, -1]), torch.tensor([[0.0, 9.0, 1.0], [3.0, 1.0, 2.0]])
+
+    def targets(kind):
+        target, labelled = dreamda.synthetic_targets(kind, logits, seed_labels, 0.65, clip_logits)
+        return target[labelled].tolist(), labelled.tolist()
+
+    assert targets("seed") == ([[0, 0, 1]], [True, False])
+    assert targets("amst") == ([[0, 1, 0]], [True, False])
+    assert targets("head") == ([[1, 0, 0]], [True, False])
+    assert targets("clip") == ([[0, 1, 0], [1, 0, 0]], [True, True])
+    soft, labelled = targets("soft")
+    assert np.allclose(soft, main) and labelled == [True, True]
+
+
+def test_the_training_loss_equals_its_formula():
+    """2 auxiliary heads, 3 real and 4 synthetic images of 5 classes, every term from its definition."""
+    real, synthetic = torch.randn(3, 3, 3, 5).double(), torch.randn(4, 3, 5).double()
+    y, targets = torch.tensor([0, 4, 2]), F.one_hot(torch.tensor([1, 0, 3, 3]), 5)
+    labelled, weak = torch.tensor([True, False, True, False]), torch.randn(4, 5).double().softmax(1)
+    auxiliary = torch.randn(2, 5, 7).double()
+
+    def cross_entropy(logits, label):
+        p = np.exp(logits.numpy())
+        return -math.log(p[label] / p.sum())
+
+    terms = {
+        "main": np.mean([cross_entropy(real[0, b, 0], y[b]) for b in range(3)]),
+        "w_a": np.mean([sum(cross_entropy(real[k, b, k], y[b]) for k in (1, 2)) for b in range(3)]),
+        "w_o": dreamda.orthogonality_loss(auxiliary).item(),
+        "labelled": sum(cross_entropy(synthetic[u, 0], targets[u].argmax()) for u in (0, 2)) / 4,
+        "w_c": sum((synthetic[u, 0].softmax(0) - weak[u]).square().sum().item() for u in (1, 3)) / 4,
+    }
+    for w_a, w_o, w_c in itertools.product((0.0, 0.7), repeat=3):
+        weights = dict(w_a=w_a, w_o=w_o, w_c=w_c)
+        loss = dreamda.self_training_loss(real, y, synthetic, targets, labelled, weak, auxiliary, **weights)
+        expected = sum(weights.get(name, 1.0) * value for name, value in terms.items())
+        assert loss.item() == pytest.approx(expected)
+    plain = dreamda.self_training_loss(
+        real[:1, :, :1], y, synthetic[:0], targets[:0], labelled[:0], weak[:0], auxiliary[:0]
+    )
+    assert plain.item() == pytest.approx(terms["main"])
+
+
+@pytest.mark.parametrize("name", ["small_cnn", "resnet18", "vgg16", "vit_s_16"])
+def test_the_main_head_is_the_classifiers_own(name):
+    classifier = common.build_classifier(name, [*"abc"], 32).eval()
+    x = torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        expected = classifier(x)
+        net = dreamda.MultiHead(classifier, 4).eval()
+        logits, features, heads = net(x), net.backbone(x), net.auxiliary_weights()
+    assert logits.shape == (2, 5, 3) and torch.allclose(logits[:, 0], expected, atol=1e-5)
+    bias = net.linear.bias.view(5, 3)[1:]
+    assert torch.allclose(logits[:, 1:], torch.einsum("akd,bd->bak", heads, features) + bias, atol=1e-4)
+
+
+def test_a_main_head_without_bias_starts_without():
+    classifier = nn.Sequential(nn.Flatten(), nn.Linear(12, 3, bias=False))
+    x = torch.rand(5, 3, 2, 2)
+    expected = classifier(x)
+    assert torch.allclose(dreamda.MultiHead(classifier, 2)(x)[:, 0], expected, atol=1e-6)
+
+
+def test_heads_that_learn_the_same_stay_different_by_the_orthogonality_loss_alone():
+    features, y, start, end = torch.randn(64, 16), torch.arange(64) % 4, {}, {}
+    for weight in (0.0, 0.3):
+        net = dreamda.MultiHead(nn.Sequential(nn.Linear(16, 4)), 4)
+        optimizer = torch.optim.Adam(net.parameters(), 0.03)
+        start[weight] = dreamda.orthogonality_loss(net.auxiliary_weights()).item()
+        for _ in range(150):
+            logits = net(features)
+            loss = sum(F.cross_entropy(logits[:, k], y) for k in range(1, 5))
+            loss = loss + weight * dreamda.orthogonality_loss(net.auxiliary_weights())
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        end[weight] = dreamda.orthogonality_loss(net.auxiliary_weights()).item()
+    assert end[0.3] < 0.5 * start[0.3] and end[0.0] > start[0.0]
+
+
+@pytest.mark.parametrize("augment", ["digits", "crop", "resized"])
+def test_views_are_images_of_the_classifiers_size(augment, seeds):
+    image = common.to_pil(seeds[0][0]).resize((48, 40))
+    real, strong = dreamda.make_views(32, augment, 6)
+    views = torch.stack([torch.cat([real(image), strong(image)[None]]) for _ in range(20)])
+    assert views.shape == (20, 8, 3, 32, 32) and views.dtype == torch.float32
+    assert 0 <= views.min() and views.max() <= 1
+
+
+def test_every_head_has_an_augmentation_of_its_own(seeds):
+    image = common.to_pil(seeds[0][0])
+    real, strong = dreamda.make_views(32, "none", 6)
+    views = torch.stack([torch.cat([real(image), strong(image)[None]]) for _ in range(20)])
+    standard = common.make_transforms(32, "none")[1](image)
+    assert torch.equal(views[:, 0], standard.expand(20, -1, -1, -1))
+    assert [*dreamda.head_augmentations()] == ["geometry", "colour", "noise", "erase"]
+    change = (views - standard).abs().amax(2)  # [draw, view, 32, 32]
+    for one, two in itertools.combinations([*range(5), 7], 2):
+        assert (views[:, one] - views[:, two]).abs().max() > 0.1
+    assert (change[:, 3] > 0).float().mean() > 0.8  # noise: everywhere
+    erased = (views[:, 4] == 0).all(1)  # erase: to black, here and there
+    assert torch.equal(views[:, 4], standard * ~erased[:, None]) and 0 < erased.float().mean() < 0.3
+    # beyond four heads they repeat: geometry and colour, drawn anew
+    assert not torch.equal(views[:, 5:7], views[:, 1:3])
+    typical = change.mean((0, 2, 3))
+    assert torch.allclose(typical[5:7], typical[1:3], rtol=0.5)
+
+
+def stripes(count, seed):
+    return common.Images(*runs.stripes(count, seed), common.make_transforms(16, "none")[1])
+
+
+def test_pseudo_labels_are_right_where_the_seeds_are_wrong_and_heads_grow_apart(tmp_path):
+    """The true classes are known; two in five seeds have another one, and some images have no seed."""
+    pool, rng = stripes(96, 1), np.random.default_rng(0)
+    truth = torch.tensor(pool.labels)
+    seed_labels = torch.where(torch.from_numpy(rng.random(96) < 0.4), (truth + 1) % 4, truth)
+    seed_labels[::8] = -1
+    args = dreamda.resolve(
+        dreamda.Args(
+            epochs=6, batch_size=8, synthetic_ratio=1.0, eval_every=6, lr=0.01, image_size=16, augment="none",
+            threshold=0.8, out=str(tmp_path),
+        )
+    )  # fmt: skip
+    accelerator = common.make_accelerator()
+    run = common.Run(tmp_path, args, accelerator)
+    data = common.Data([*"abcd"], stripes(40, 0), stripes(60, 2))
+    scores, log, (targets, labelled) = dreamda.train(
+        args, run, accelerator, data, dreamda.Pool(pool, seed_labels, truth), "amst", ("c.pt", "m.jsonl")
+    )
+    right = (targets.argmax(1) == truth)[labelled].float().mean()
+    seeded = labelled & (seed_labels >= 0)
+    assert labelled.float().mean() > 0.5 and (labelled & ~seeded).any()
+    assert right > 0.9 > 0.75 > (seed_labels == truth)[seeded].float().mean()
+    assert log[0]["labelled"] == 0 and "label_accuracy" not in log[0]  # new heads are not sure of anything
+    assert log[-1]["label_accuracy"] > log[-1]["seed_accuracy"] and scores["test"]["top1"] > 0.8
+    torch.manual_seed(args.seed)
+    fresh = dreamda.MultiHead(common.build_classifier("small_cnn", data.class_names, 16), 4)
+    assert log[-1]["orthogonality"] < dreamda.orthogonality_loss(fresh.auxiliary_weights()).item()
