@@ -152,7 +152,8 @@ def test_the_gradient_is_that_of_the_denoising_error(pipe, few, prediction, monk
     output = pipe.unet(a**0.5 * z + (1 - a) ** 0.5 * noise, t, text).sample
     loss = sum(F.mse_loss(output[j : j + 5], target[j : j + 5]) for j in (0, 5, 10))
     (gradient,) = torch.autograd.grad(loss, leaf)
-    assert torch.allclose(start - rows, gradient[ids], atol=1e-6) and gradient[ids].abs().max() > 1e-3
+    error = (start - rows - gradient[ids]).norm(dim=1) / gradient[ids].norm(dim=1)
+    assert error.max() < 1e-3 and gradient[ids].norm(dim=1).min() > 1e-4
 
 
 @pytest.fixture(scope="module")

@@ -34,7 +34,7 @@ TINY = dict(
     epochs=2, iterations=2, filter_epochs=2, batch_size=4, steps=4, variations=2, inversion_steps=4,
     inversion_batch_size=2, generation_batch_size=4, prompts_per_class=3,
 )  # fmt: skip
-DIGITS = TINY | dict(examples_per_class=1)
+DIGITS = TINY | dict(examples_per_class=1, generation_batch_size=20, inversion_steps=2)
 FOLDER = TINY | dict(
     dataset="folder", classifier="small_cnn", pretrained=False, image_size=32, augment="crop",
     diffusion=common.ROOT / "digits_sd", lr=1e-3, workers=0,
