@@ -54,7 +54,6 @@ class Args(common.RunArgs):
     gradient_steps: int = HfArg(default=10, help="the first steps get gradient guidance")
     nu: float | None = HfArg(default=None, help="step size on the text embedding (recipe)")
     rho: float = HfArg(default=200.0, help="margin of L_contra, for latents of 4x64x64")
-    gradient_checkpointing: bool = HfArg(default=False, help="less memory, about 30 %% slower")
     # active learning
     few_shot: bool | None = HfArg(
         default=None, help="no gen-val: every training image guides, by its confidence (recipe)"
@@ -630,9 +629,7 @@ def run_once(args: Args, accelerator) -> dict:
     result, pipe = {}, None
     if not args.real_only:  # loaded first: a wrong id shows before the baseline is trained
         pipe = common.load_pipeline(args.diffusion, accelerator.device)
-        if args.gradient_checkpointing:
-            pipe.unet.enable_gradient_checkpointing()
-            pipe.vae.enable_gradient_checkpointing()
+        common.checkpoint_gradients(pipe, args.gradient_checkpointing)
     if args.real_only or args.baseline:
         result["real only"] = train(args, run, accelerator, data)
     if pipe is not None:

@@ -616,6 +616,13 @@ def load_pipeline(model_id: str, device: torch.device | str = "cpu", dtype: torc
     return pipe
 
 
+def checkpoint_gradients(pipe, on: bool) -> None:
+    """Gradients through U-Net and decoder keep few activations and compute the others twice, if `on`."""
+    if on:
+        pipe.unet.enable_gradient_checkpointing()
+        pipe.vae.enable_gradient_checkpointing()
+
+
 def resolution(pipe) -> int:
     """The side of the pipeline's images in pixels."""
     return pipe.unet.config.sample_size * pipe.vae_scale_factor
@@ -869,6 +876,7 @@ class RunArgs:
     steps: int | None = HfArg(default=None, help="sampling steps (recipe)")
     guidance_scale: float | None = HfArg(default=None, help="classifier-free guidance (recipe)")
     generation_batch_size: int | None = HfArg(default=None, help="images at a time (recipe)")
+    gradient_checkpointing: bool = HfArg(default=False, help="less memory, slower gradients")
     # data and classifier
     examples_per_class: int | None = HfArg(default=None, help="few-shot draw, 0: all (recipe)")
     classifier: str | None = HfArg(default=None, help=", ".join(CLASSIFIERS) + " (recipe)")

@@ -822,6 +822,7 @@ def run_once(args: Args, accelerator) -> dict:
             jobs["DA-Fusion"] = as_method(args, "da_fusion")
         jobs[TITLES[args.method]] = args
         pipe = common.load_pipeline(args.diffusion, accelerator.device)
+        common.checkpoint_gradients(pipe, args.gradient_checkpointing)
         check(args, accelerator, pipe, data)
     prompts = {title: find_prompts(job, run, accelerator, data) for title, job in jobs.items() if job}
     result, logs = {}, {}
