@@ -14,6 +14,7 @@ import traceback
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
+import matplotlib.figure  # noqa: F401 (imported once, before the runs in child processes)
 import numpy as np
 import pytest
 import torch

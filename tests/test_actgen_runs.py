@@ -204,9 +204,11 @@ def test_a_full_disk_is_named_and_the_run_goes_on_when_there_is_space(mine):
 
 
 def test_ctrl_c_says_that_the_run_can_go_on(mine, monkeypatch):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
     with monkeypatch.context() as patch:
         patch.setattr(common, "train_epoch", lambda *_: signal.raise_signal(signal.SIGINT))
         assert "stopped; the same command goes on" in the_error(in_this_process(actgen, **mine))
+    signal.signal(signal.SIGINT, before)
     assert in_this_process(actgen, **mine)[0] == 0
 
 
