@@ -1,11 +1,11 @@
 """DreamDA on digits: fidelity against diversity, over the place and the scale of the noise.
 
-    python tests/noise_sweep.py          about five minutes on two cores
+    python tests/noise_sweep.py          about a quarter of an hour on two cores
 
-For 100 training digits, two variations each, by digits_sd: the share whose digit the oracle reads as the
+For 200 training digits, two variations each, by digits_sd: the share whose digit the oracle reads as the
 seed's; precision and recall of the oracle's features against 1,800 real test images; distance of the latents
 to the seed's, and between two variations of a seed (both relative to the seed's norm). Draws
-.pictures/dreamda_sweep.png (the curves) and .pictures/dreamda.png (seeds above, variations below, s growing).
+samples/dreamda_sweep.png (the curves) and samples/dreamda_scales.png (seeds, variations, s growing).
 """
 
 import sys
@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common  # noqa: E402
 import dreamda  # noqa: E402
 
-OUT = common.ROOT / ".pictures"
+OUT = Path("samples")
 SETTINGS = {  # place, noise of the two guidance rows: scales in standard deviations of the features
     ("bottleneck", "independent"): (0, 6, 12, 15, 18, 25),
     ("bottleneck", "paired"): (6, 12, 25, 50),
@@ -36,7 +36,7 @@ def main() -> None:
     accelerator, recipe = Accelerator(cpu=True), dreamda.RECIPES["digits"]
     pipe, data = (
         common.load_pipeline(str(common.ROOT / "digits_sd")),
-        common.load_data("digits", "", 32, "none", 10),
+        common.load_data("digits", "", 32, "none", 20),
     )
     n = len(data.train)
     seeds, labels = torch.stack([data.train[i][0] for i in range(n)]), torch.tensor(data.train.labels)
@@ -88,10 +88,13 @@ def main() -> None:
         axes.plot([p[1] for p in points], [100 * p[0] for p in points], "o-", label=f"{where}, {pairing}")
     axes.set(xlabel="distance between two variations / norm", ylabel="seed's digit (%)", xlim=(0, 1.2))
     axes.legend()
+    OUT.mkdir(exist_ok=True)
     figure.savefig(OUT / "dreamda_sweep.png", dpi=110)
-    some = slice(0, None, 7)
+    some = slice(5, None, 14)
     rows = [common.decode(pipe, vary(inverted, 3, noise_scale=s)[some]) for s in (0, 6, 12, 18, 25)]
-    common.save_grid(torch.cat([seeds[some], *rows]), OUT / "dreamda.png", columns=len(rows[0]), scale=2)
+    common.save_grid(
+        torch.cat([seeds[some], *rows]), OUT / "dreamda_scales.png", columns=len(rows[0]), scale=2
+    )
 
 
 if __name__ == "__main__":
