@@ -156,16 +156,14 @@ def test_the_gradient_is_that_of_the_denoising_error(pipe, few, prediction, monk
     assert error.max() < 1e-3 and gradient[ids].norm(dim=1).min() > 1e-4
 
 
-def test_gradient_checkpointing_computes_twice_and_changes_nothing(pipe, few):
-    rows, calls = [], []
-    handle = pipe.unet.mid_block.resnets[0].register_forward_hook(lambda *_: calls.append(len(rows)))
-    for on in (False, True):
-        common.checkpoint_gradients(pipe, on)
-        rows.append(invert(pipe, *few, [0, 1, 2], 2))
-    handle.remove()
+def test_gradient_checkpointing_changes_nothing(pipe, few):
+    plain = invert(pipe, *few, [0, 1, 2], 2)
+    common.checkpoint_gradients(pipe, True)
+    assert pipe.unet.is_gradient_checkpointing and pipe.vae.is_gradient_checkpointing
+    again = invert(pipe, *few, [0, 1, 2], 2)
     pipe.unet.disable_gradient_checkpointing()
     pipe.vae.disable_gradient_checkpointing()
-    assert calls == [0] * 2 + [1] * 4 and torch.allclose(*rows, atol=1e-5)
+    assert torch.allclose(plain, again, atol=1e-5)
 
 
 @pytest.fixture(scope="module")
