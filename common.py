@@ -974,16 +974,15 @@ def report(result: dict[str, dict], out: str) -> None:
 def run_ladder(args: RunArgs, accelerator, rungs: dict[str, dict], run_once) -> None:
     """run_once(args, accelerator) for every rung (name: changed arguments) and seed, skipping finished runs.
 
-    A rung's scores are those of the last classifier in its result; synthetic="RUNG" takes that rung's images.
-    Writes the table to ladder.json and ladder.md.
+    A rung's scores are those of the last classifier in its result; synthetic="RUNG" takes that rung's images,
+    embeddings="RUNG" its learned tokens. Writes the table to ladder.json and ladder.md.
     """
     top1, distances = {}, {}
     for seed in range(args.seed, args.seed + args.seeds):
         out = {rung: str(Path(args.out) / f"{_file_name(rung)}-s{seed}") for rung in rungs}
         for rung, changes in rungs.items():
             changes = changes | {"seed": seed, "out": out[rung], "ladder": False}
-            if "synthetic" in changes:
-                changes["synthetic"] = out[changes["synthetic"]]
+            changes |= {k: out[changes[k]] for k in ("synthetic", "embeddings") if k in changes}
             *_, last = run_once(dataclasses.replace(args, **changes), accelerator).values()
             for split in ("test", "test_ood", "val"):
                 if split in last:
@@ -1121,6 +1120,22 @@ def class_folders(class_names: list[str]) -> list[str]:
             folder, i = f"{clean} {i}", i + 1
         folders.append(folder)
     return folders
+
+
+def read_records(folder: Path, class_names: list[str]) -> list[dict]:
+    """The metadata of a run's synthetic images: dicts, one per image. Raises UserError if there are none, or
+    some of other classes.
+    """
+    try:
+        lines = (folder / "metadata.jsonl").read_text().splitlines()
+        records = [r for r in map(json.loads, lines) if (folder / r["file_name"]).exists()]
+        strange = [r["class_name"] for r in records if r["class_name"] not in class_names[r["label"] :][:1]]
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"--synthetic: no images with metadata in {folder} ({error})") from None
+    if strange or not records:
+        problem = f"of another data set, of the class '{strange[0]}'" if strange else "missing"
+        raise UserError(f"--synthetic: the images in {folder} are {problem}")
+    return records
 
 
 def keep_small(path: Path, size: int):

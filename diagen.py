@@ -52,9 +52,7 @@ class Args(common.RunArgs):
     initializer: str | None = HfArg(
         default=None, help="a word the tokens start from, '': the class name (recipe)"
     )
-    embeddings: str | None = HfArg(
-        default=None, help="folder of learned tokens to use or fill (OUT/embeddings)"
-    )
+    embeddings: str | None = HfArg(default=None, help="a run folder whose learned tokens are used")
     # diversity
     sigmas: list[float] | None = HfArg(default=None, help="noise on the embeddings, a variant each (recipe)")
     relative_sigma: bool | None = HfArg(
@@ -67,6 +65,7 @@ class Args(common.RunArgs):
     # generation
     variations: int | None = HfArg(default=None, help="synthetic images of a real one, M (recipe)")
     strength: float = HfArg(default=0.7, help="t_0, share of the noise schedule")
+    synthetic: str | None = HfArg(default=None, help="a run folder whose images are used, none generated")
     # weighting and training
     weighting: bool = HfArg(default=True, help="weigh synthetic images by a filter classifier")
     synthetic_probability: float = HfArg(default=0.7, help="that a draw of a real image becomes synthetic")
@@ -501,7 +500,7 @@ def learn_tokens(args: Args, run: common.Run, accelerator, pipe, data: common.Da
     A class's embedding is kept as embeddings/CLASS/learned_embeds.safetensors, which stock diffusers reads,
     and used if it is there. Where one of a group is missing the whole group trains, as it would have at once.
     """
-    folder = Path(args.embeddings or run.path / "embeddings")
+    folder = Path(args.embeddings or run.path) / "embeddings"
     names, pixels = common.class_folders(data.class_names), common.resolution(pipe)
     files = [folder / name / "learned_embeds.safetensors" for name in names]
     real = data.train.subset(range(len(data.train)), common.make_transforms(pixels, "none")[1])
@@ -743,13 +742,27 @@ def as_method(args: Args, method: str) -> Args:
 
 
 def synthesize(args: Args, run, accelerator, pipe, data: common.Data, prompts, folder: Path):
-    """Generates and weighs the images of args.method in `folder`: (Synthetic, what to report)."""
-    rows = None
-    if args.method != "real_guidance":
-        rows = learn_tokens(args, run, accelerator, pipe, data)
-        generators = [common.generator(args.seed, 3, c) for c in range(len(rows))]
-        rows = noisy_embeddings(rows, args.sigmas, generators, args.relative_sigma)
-    records, seconds = generate(args, run, accelerator, pipe, data, rows, prompts, folder)
+    """Generates and weighs the images of args.method in `folder`: (Synthetic, what to report).
+
+    With args.synthetic they are another run's. Raises UserError if that drew other training images.
+    """
+    rows, seconds = None, 0.0
+    if args.synthetic:
+        folder = Path(args.synthetic) / "synthetic"
+        records = common.read_records(folder, data.class_names)
+        theirs = json.loads((Path(args.synthetic) / "config.json").read_text())["args"]
+        for name in ("dataset", "seed", "examples_per_class", "variations"):
+            if theirs[name] != getattr(args, name):
+                raise common.UserError(
+                    f"--synthetic: {args.synthetic} has --{name} {theirs[name]}, "
+                    f"this run --{name} {getattr(args, name)}; its images vary others"
+                )
+    else:
+        if args.method != "real_guidance":
+            rows = learn_tokens(args, run, accelerator, pipe, data)
+            generators = [common.generator(args.seed, 3, c) for c in range(len(rows))]
+            rows = noisy_embeddings(rows, args.sigmas, generators, args.relative_sigma)
+        records, seconds = generate(args, run, accelerator, pipe, data, rows, prompts, folder)
     about = {"synthetic": len(records), "generation": seconds}
     sources = [common.keep_small(folder / r["file_name"], args.image_size) for r in records]
     images = common.Images(sources, [r["label"] for r in records], data.train.transform)
@@ -769,7 +782,7 @@ def synthesize(args: Args, run, accelerator, pipe, data: common.Data, prompts, f
         r["weight"] = w
     if run.main:
         lines = "".join(json.dumps(r) + "\n" for r in records)
-        common.write_whole(folder / "metadata.jsonl", lines)
+        common.write_whole((run.path if args.synthetic else folder) / "metadata.jsonl", lines)
         save_pictures(run, data, images, records, args.variations)
     weights = weights.double().numpy()
     return Synthetic(images, weights / weights.sum(1, keepdims=True), records), about
@@ -818,20 +831,22 @@ def run_once(args: Args, accelerator) -> dict:
         data.train = data.train.subset(rest)
     jobs = {"standard augmentation": None} if args.real_only or args.baseline else {}
     if not args.real_only:
-        if args.baseline and args.method == "diagen":
+        if args.baseline and args.method == "diagen" and not args.synthetic:
             jobs["DA-Fusion"] = as_method(args, "da_fusion")
         jobs[TITLES[args.method]] = args
+    pipe, prompts = None, {}
+    if not (args.real_only or args.synthetic):
         pipe = common.load_pipeline(args.diffusion, accelerator.device)
         common.checkpoint_gradients(pipe, args.gradient_checkpointing)
         check(args, accelerator, pipe, data)
-    prompts = {title: find_prompts(job, run, accelerator, data) for title, job in jobs.items() if job}
+        prompts = {title: find_prompts(job, run, accelerator, data) for title, job in jobs.items() if job}
     result, logs = {}, {}
     for title, job in jobs.items():
         main = title == list(jobs)[-1]
         synthetic, about = None, {"synthetic": 0, "generation": 0.0}
         if job:
             folder = run.path / ("synthetic" if main else job.method)
-            synthetic, about = synthesize(job, run, accelerator, pipe, data, prompts[title], folder)
+            synthetic, about = synthesize(job, run, accelerator, pipe, data, prompts.get(title), folder)
         name = "checkpoint" if main else re.sub(r"\W", "_", title)
         files = (f"{name}.pt", "metrics.jsonl" if main else f"{name}.jsonl")
         scores, logs[title] = train(args, run, accelerator, data, synthetic, files, title)
@@ -849,9 +864,9 @@ LADDER = {
     "standard augmentation": dict(real_only=True),
     "Real Guidance": dict(method="real_guidance", sigmas=[0.0], prompts="none", weighting=False),
     "DA-Fusion": dict(method="da_fusion", sigmas=[0.0], prompts="none", weighting=False),
-    "+ embedding noise": dict(prompts="none", weighting=False),
-    "+ prompts": dict(weighting=False),
-    "+ weights": dict(),
+    "+ embedding noise": dict(embeddings="DA-Fusion", prompts="none", weighting=False),
+    "+ prompts": dict(embeddings="DA-Fusion", weighting=False),
+    "+ weights": dict(synthetic="+ prompts"),
 }
 
 

@@ -714,7 +714,7 @@ def run_once(args: Args, accelerator) -> dict:
         check(args, data)
         folder = Path(args.synthetic or run.path) / "synthetic"
         if args.synthetic:
-            records = read_records(folder, data.class_names)
+            records = common.read_records(folder, data.class_names)
         else:
             pipe = common.load_pipeline(args.diffusion, accelerator.device)
             records, about["generation"] = generate(args, run, accelerator, pipe, data)
@@ -736,20 +736,6 @@ def run_once(args: Args, accelerator) -> dict:
         run.write_json("result.json", result)
     accelerator.wait_for_everyone()
     return result
-
-
-def read_records(folder: Path, class_names: list[str]) -> list[dict]:
-    """The metadata of a run's synthetic images. UserError if there are none, or some of other classes."""
-    try:
-        lines = (folder / "metadata.jsonl").read_text().splitlines()
-        records = [r for r in map(json.loads, lines) if (folder / r["file_name"]).exists()]
-        strange = [r["class_name"] for r in records if r["class_name"] not in class_names[r["label"] :][:1]]
-    except (OSError, ValueError, KeyError) as error:
-        raise common.UserError(f"--synthetic: no images with metadata in {folder} ({error})") from None
-    if strange or not records:
-        problem = f"of another data set, of the class '{strange[0]}'" if strange else "missing"
-        raise common.UserError(f"--synthetic: the images in {folder} are {problem}")
-    return records
 
 
 def save_labels(run: common.Run, folder: Path, records: list[dict], targets, labelled, own: bool) -> None:

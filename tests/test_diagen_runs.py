@@ -53,7 +53,7 @@ def test_a_run_writes_all_its_files(finished):
     out, stdout = finished
     config = json.loads((out / "config.json").read_text())
     assert config["args"] | DIGITS == config["args"] and config["args"]["frozen"] is True
-    assert None not in {k: v for k, v in config["args"].items() if k != "embeddings"}.values()
+    assert None not in {k: v for k, v in config["args"].items() if k not in ("embeddings", "synthetic")}.values()
     result = json.loads((out / "result.json").read_text())
     assert list(result) == ["standard augmentation", "DA-Fusion", "DIAGen"]
     for file, (title, scores) in zip(
@@ -214,11 +214,39 @@ def test_learned_tokens_are_used_again(mine, tmp_path, monkeypatch):
             "out": tmp_path / str(inversion_steps),
         }
         prompts_of(mine | {"sigmas": 0.01})
-        tokens = {p.parent.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in folder.glob("*/*")}
+        tokens = {p.parent.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in folder.glob("embeddings/*/*")}
         runs.append((tokens, [p.read_bytes() for p in sorted(mine["out"].glob("synthetic/*/*.png"))]))
         monkeypatch.setattr(diagen, "textual_inversion", None)
     assert runs[0] == runs[1] and set(tokens) == {"guinea pig", "baker's yeast"}
     assert len(runs[0][1]) == 12 and not (mine["out"] / "embeddings").exists()
+
+
+def test_the_images_of_another_run_give_the_same_classifier_and_nothing_is_generated(finished, tmp_path):
+    out, before = tmp_path / "run", result_and_files(finished[0])
+    status, stdout, stderr = in_this_process(
+        diagen, **DIGITS | {"synthetic": finished[0], "baseline": False, "out": out}
+    )
+    assert status == 0 and "20 images generated in 0 s" in stdout, stderr
+    scores, files = result_and_files(out)
+    assert scores == {"DIAGen": before[0]["DIAGen"]}
+    assert files["metrics.jsonl"] == before[1]["metrics.jsonl"]
+    assert lines_of(out / "metadata.jsonl") == lines_of(finished[0] / "synthetic" / "metadata.jsonl")
+    assert not any(name.startswith(("synthetic", "embeddings")) for name in files)
+    assert result_and_files(finished[0]) == before
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"seed": 1}, "has --seed 0, this run --seed 1"),
+        ({"variations": 1}, "has --variations 2, this run --variations 1"),
+        ({"examples_per_class": 2}, "has --examples_per_class 1, this run --examples_per_class 2"),
+        ({"synthetic": "/nowhere"}, "no images with metadata in /nowhere/synthetic"),
+    ],
+)
+def test_images_of_a_run_on_other_training_images_are_refused(change, words, finished, tmp_path):
+    arguments = DIGITS | {"synthetic": finished[0], "out": tmp_path / "run"} | change
+    assert words in the_error(in_this_process(diagen, **arguments))
 
 
 # --- interrupted
@@ -310,8 +338,9 @@ def write_prompts(text):
 
 
 def spoil_token(d):
-    (d / "tokens" / "guinea pig").mkdir(parents=True)
-    diagen.save_embedding(torch.zeros(7), "<x>", d / "tokens" / "guinea pig" / "learned_embeds.safetensors")
+    folder = d / "tokens" / "embeddings" / "guinea pig"
+    folder.mkdir(parents=True)
+    diagen.save_embedding(torch.zeros(7), "<x>", folder / "learned_embeds.safetensors")
 
 
 MISTAKES = [  # in its own process?, what is done to the folder, arguments, words of the error
@@ -349,7 +378,7 @@ MISTAKES = [  # in its own process?, what is done to the folder, arguments, word
         False,
         spoil_token,
         {"embeddings": "tokens"},
-        "cannot read .*tokens/guinea pig/learned_embeds.*delete it",
+        "cannot read .*tokens/embeddings/guinea pig/learned_embeds.*delete it",
     ),
     (False, None, {"sigmaz": 0}, "unknown arguments: --sigmaz 0"),
     (
@@ -405,7 +434,12 @@ def test_the_ladder_runs_every_rung_with_every_seed(tmp_path):
         [False, "diagen", sigmas, "bank", False],
         [False, "diagen", sigmas, "bank", True],
     ]
-    assert configs[0]["args"]["real_only"] and len([*tmp_path.glob("weights-s1/synthetic/*/*.png")]) == 10
+    assert configs[0]["args"]["real_only"]
+    assert configs[5]["args"]["synthetic"] == str(tmp_path / "prompts-s1")
+    assert [len([*tmp_path.glob(f"{rung}-s1/{kind}")]) for rung in ("DA-Fusion", "prompts", "weights")
+            for kind in ("embeddings/*/*", "synthetic/*/*.png")] == [10, 10, 0, 10, 0, 0]  # fmt: skip
+    weighed = lines_of(tmp_path / "weights-s1" / "metadata.jsonl")
+    assert len(weighed) == 10 and all({"confidence", "weight"} <= set(r) for r in weighed)
 
 
 def test_two_processes_draw_the_images_that_one_draws(three_digits, tmp_path, monkeypatch):
