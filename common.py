@@ -1239,8 +1239,10 @@ def save_curves(series: dict[str, list[dict]], path: Path) -> None:
     """Accuracy, loss and, where there are pseudo-labels, their quality over epochs; a colour per series."""
     from matplotlib.figure import Figure
 
+    tested = any("test" in line for lines in series.values() for line in lines)
     panels = {
-        "accuracy (%)": {"test": "-", "test_ood": "--"},
+        "accuracy (%)": {"test": "-", "test_ood": "--"} if tested else {"val": "-"},
+        "validation accuracy (%)": {"val": "-"},
         "training loss": {"loss": "-"},
         "pseudo-labels (%)": {"labelled": "-", "label_accuracy": "--", "seed_accuracy": ":"},
     }

@@ -101,7 +101,7 @@ SD14 = dict(  # inversion_batch_size counts the images of one class
 RECIPES = {name: SD14 for name in common.DATASETS} | {
     "digits": SD14 | dict(
         workers=0, diffusion=str(common.ROOT / "digits_sd"), steps=25, guidance_scale=4.0,
-        sigmas=[0.0, 0.25, 0.5, 1.0], relative_sigma=True, generation_batch_size=40, inversion_steps=100,
+        sigmas=[0.0, 0.33, 0.67, 1.67], relative_sigma=True, generation_batch_size=40, inversion_steps=100,
         inversion_lr=0.02, initializer="background", classifier="small_cnn", image_size=32,
         augment="digits", epochs=20, iterations=50, lr=1e-3,
     ),
@@ -475,19 +475,20 @@ def train(args, run, accelerator, data, synthetic: Synthetic | None, files: tupl
         score = common.scores(*common.predict(model, val, accelerator, args.workers))
         line |= {"val": score["top1"], "val_nll": score["nll"]}
         if progress["best"] is None or score["top1"] > progress["best"]["val"]["top1"]:
-            progress["best"] = {"val": score, "epoch": epoch + 1} | {
-                split: common.scores(*common.predict(model, split_images, accelerator, args.workers))
-                for split, split_images in common.evaluation_splits(data).items()
-                if split != "val"
-            }
-        best = {k: v["top1"] for k, v in progress["best"].items() if k not in ("epoch", "val")}
-        progress["log"].append(line | best)
+            weights = {k: v.clone() for k, v in net.state_dict().items()}
+            progress["best"] = {"val": score, "epoch": epoch + 1, "weights": weights}
+        progress["log"].append(line)
         bar.set_postfix({k: f"{v:.3f}" for k, v in line.items() if isinstance(v, float)})
         progress["epoch"] = epoch + 1
         run.write_lines(files[1], progress["log"])
         state = {"model": net.state_dict(), "optimizer": optimizer.state_dict()}
         run.save(files[0], {"progress": progress, **state})
-    return progress["best"] | {"training": progress["training"]}, progress["log"]
+    best = progress["best"]
+    net.load_state_dict(best.pop("weights"))
+    for split, split_images in common.evaluation_splits(data).items():
+        if split != "val":
+            best[split] = common.scores(*common.predict(model, split_images, accelerator, args.workers))
+    return best | {"training": progress["training"]}, progress["log"]
 
 
 # ----------------------------------------------------------------------------------------------------------

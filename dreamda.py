@@ -59,7 +59,7 @@ class Args(common.RunArgs):
     labels: str = HfArg(default="amst", help="of synthetic images: amst, seed, head, soft or clip")
     heads: int = HfArg(default=4, help="auxiliary heads of AMST")
     threshold: float | None = HfArg(default=None, help="tau, least confidence of a pseudo-label (recipe)")
-    auxiliary_weight: float = HfArg(default=0.25, help="w_a, weight of L_aux")
+    auxiliary_weight: float = HfArg(default=0.05, help="w_a, weight of L_aux")
     orthogonality_weight: float = HfArg(default=0.1, help="w_o, weight of L_orth")
     consistency_weight: float | None = HfArg(default=None, help="w_c, weight of L_cons (recipe)")
     synthetic_ratio: float = HfArg(default=2.0, help="synthetic images per real one in a batch")
@@ -75,10 +75,10 @@ SD15 = dict(  # batch_size counts the real images; each comes with synthetic_rat
 )  # fmt: skip
 RECIPES = {
     "digits": SD15 | dict(
-        workers=0, diffusion=str(common.ROOT / "digits_sd"), steps=25, guidance_scale=4.0, variations=3,
-        noise_scale=12.0, relative_noise=True, generation_batch_size=40, examples_per_class=30,
-        classifier="small_cnn", image_size=32, augment="digits", epochs=50, batch_size=16,
-        optimizer="adamw", lr=3e-3, weight_decay=0.05, threshold=0.8,
+        workers=0, diffusion=str(common.ROOT / "digits_sd"), steps=25, guidance_scale=4.0, variations=10,
+        noise_scale=12.0, relative_noise=True, generation_batch_size=40, examples_per_class=8,
+        classifier="small_cnn", pretrained=True, image_size=32, augment="digits", epochs=20, batch_size=16,
+        optimizer="adamw", lr=1e-3, weight_decay=0.05, threshold=0.6,
     ),
     "stl10": SD15 | dict(image_size=96, augment="crop"),
     "cifar10": SD15 | dict(image_size=32, augment="crop", variations=1),
@@ -407,7 +407,7 @@ def self_training_loss(
     labelled,
     weak,
     auxiliary,
-    w_a: float = 0.25,
+    w_a: float = 0.05,
     w_o: float = 0.1,
     w_c: float = 1.0,
 ) -> torch.Tensor:

@@ -63,9 +63,14 @@ def test_a_run_writes_all_its_files(finished):
         assert [line["epoch"] for line in log] == [1, 2]
         best = max(log, key=lambda line: line["val"])  # the first of the best
         assert scores["val"]["top1"] == best["val"]
-        assert [scores[split]["top1"] for split in ("test", "test_ood")] == [
-            log[-1][s] for s in ("test", "test_ood")
-        ]
+        checkpoint = out / f"{'checkpoint' if file == 'metrics' else file}.pt"
+        weights = torch.load(checkpoint, weights_only=True)["progress"]["best"]["weights"]
+        classifier = diagen.Probe(common.build_classifier("small_cnn", common.DIGIT_NAMES, 32))
+        classifier.load_state_dict(weights)
+        data = common.load_data("digits", "", 32, "none")
+        for split, images in (("test", data.test), ("test_ood", data.test_ood), ("val", data.val)):
+            logits, y = common.predict(classifier, images, common.make_accelerator())
+            assert scores[split]["top1"] == pytest.approx((logits.argmax(1) == y).float().mean().item())
         assert (sum(line["synthetic_share"] for line in log) > 0) == (title != "standard augmentation")
         assert scores["synthetic"] == (0 if title == "standard augmentation" else 20)
         assert ("distances" in scores) == (title != "standard augmentation")
@@ -426,7 +431,7 @@ def test_the_ladder_runs_every_rung_with_every_seed(tmp_path):
         for rung in rungs
     ]
     parts = ("real_only", "method", "sigmas", "prompts", "weighting")
-    sigmas = [0.0, 0.25, 0.5, 1.0]
+    sigmas = [0.0, 0.33, 0.67, 1.67]
     assert [[config["args"][part] for part in parts] for config in configs[1:]] == [
         [False, "real_guidance", [0.0], "none", False],
         [False, "da_fusion", [0.0], "none", False],
