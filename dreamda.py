@@ -20,7 +20,6 @@ Paper to code:
 """
 
 import itertools
-import json
 import math
 import time
 from dataclasses import dataclass

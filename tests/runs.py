@@ -102,6 +102,26 @@ def lines_of(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def check_imagefolder(folder, records):
+    """Both loaders of image folders read `folder`: torchvision's, and Hugging Face's with the metadata."""
+    import datasets
+    import torchvision
+
+    images = torchvision.datasets.ImageFolder(folder)
+    assert {str(folder / r["file_name"]) for r in records} == {path for path, _ in images.samples}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+        read = datasets.load_dataset(
+            "imagefolder", data_dir=str(folder), cache_dir=str(folder.parent / "cache"), split="train"
+        )
+    assert [{k: v for k, v in row.items() if k != "image"} for row in read] == [
+        {k: v for k, v in r.items() if k != "file_name"} for r in records
+    ]
+    for row, r in zip(read, records, strict=True):
+        with Image.open(folder / r["file_name"]) as image:
+            assert row["image"].tobytes() == image.tobytes()
+
+
 def result_and_files(out):
     """All that a run leaves but its seconds."""
     result = json.loads((out / "result.json").read_text())

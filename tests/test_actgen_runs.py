@@ -14,6 +14,7 @@ import torchvision
 from PIL import Image
 from runs import (
     TWO_PROCESSES,
+    check_imagefolder,
     check_ladder,
     cut,
     die_at,
@@ -71,7 +72,7 @@ def test_the_synthetic_folder_is_an_image_folder_with_metadata(finished):
     images = torchvision.datasets.ImageFolder(out / "synthetic")
     records = lines_of(out / "synthetic" / "metadata.jsonl")
     assert len(images) == len(records) == int(re.search(r"(\d+) images generated", stdout)[1]) == 8
-    assert {str(out / "synthetic" / r["file_name"]) for r in records} == {path for path, _ in images.samples}
+    check_imagefolder(out / "synthetic", records)
     for r in records:
         assert r["class_name"] == common.DIGIT_NAMES[r["label"]] == r["file_name"].split("/")[0]
         assert r["prompt"] == f"a photo of a {r['class_name']}" and len(r["seed"]) == 3

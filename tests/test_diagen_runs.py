@@ -14,6 +14,7 @@ import torchvision
 from PIL import Image
 from runs import (
     TWO_PROCESSES,
+    check_imagefolder,
     check_ladder,
     cut,
     die_at,
@@ -53,7 +54,9 @@ def test_a_run_writes_all_its_files(finished):
     out, stdout = finished
     config = json.loads((out / "config.json").read_text())
     assert config["args"] | DIGITS == config["args"] and config["args"]["frozen"] is True
-    assert None not in {k: v for k, v in config["args"].items() if k not in ("embeddings", "synthetic")}.values()
+    assert (
+        None not in {k: v for k, v in config["args"].items() if k not in ("embeddings", "synthetic")}.values()
+    )
     result = json.loads((out / "result.json").read_text())
     assert list(result) == ["standard augmentation", "DA-Fusion", "DIAGen"]
     for file, (title, scores) in zip(
@@ -95,7 +98,7 @@ def test_the_synthetic_folder_is_an_image_folder_with_metadata(finished):
     images = torchvision.datasets.ImageFolder(out / "synthetic")
     records = lines_of(out / "synthetic" / "metadata.jsonl")
     assert len(images) == len(records) == int(re.search(r"(\d+) images generated", stdout)[1]) == 20
-    assert {str(out / "synthetic" / r["file_name"]) for r in records} == {path for path, _ in images.samples}
+    check_imagefolder(out / "synthetic", records)
     assert all(image.size == (32, 32) for image, _ in images)
     prompts = diagen.read_prompts(out / "prompts.csv", common.DIGIT_NAMES)
     assert all(len(lines) == 3 for lines in prompts.values())
@@ -219,7 +222,9 @@ def test_learned_tokens_are_used_again(mine, tmp_path, monkeypatch):
             "out": tmp_path / str(inversion_steps),
         }
         prompts_of(mine | {"sigmas": 0.01})
-        tokens = {p.parent.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in folder.glob("embeddings/*/*")}
+        tokens = {
+            p.parent.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in folder.glob("embeddings/*/*")
+        }
         runs.append((tokens, [p.read_bytes() for p in sorted(mine["out"].glob("synthetic/*/*.png"))]))
         monkeypatch.setattr(diagen, "textual_inversion", None)
     assert runs[0] == runs[1] and set(tokens) == {"guinea pig", "baker's yeast"}
