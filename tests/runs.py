@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 import traceback
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -66,8 +67,8 @@ def the_error(outcome):
     return lines[0]
 
 
-def in_child(function) -> int:
-    """The exit status of function() in a forked process, which may die at any moment."""
+def start_child(function) -> int:
+    """The id of a forked process that calls function(), one thread, two minutes at most."""
     if (pid := os.fork()) == 0:
         signal.alarm(120)
         torch.set_num_threads(1)
@@ -78,7 +79,27 @@ def in_child(function) -> int:
             traceback.print_exc()
             sys.stderr.flush()
             os._exit(1)
+    return pid
+
+
+def exit_status(pid: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def in_child(function) -> int:
+    """The exit status of function() in a forked process, which may die at any moment."""
+    return exit_status(start_child(function))
+
+
+def begun_by_two(script, out, images, **arguments) -> None:
+    """Two processes run the script, and are killed as soon as they have written so many images to out."""
+    command = [sys.executable, *TWO_PROCESSES, script.__file__, *command_line((), arguments | {"out": out})]
+    env = os.environ | {"ACCELERATE_USE_CPU": "true"}
+    two = subprocess.Popen(command, env=env, start_new_session=True, stderr=subprocess.DEVNULL)
+    while two.poll() is None and len([*out.glob("synthetic/*/*.png")]) < images:
+        time.sleep(0.02)
+    os.killpg(two.pid, signal.SIGKILL)
+    assert two.wait() != 0 and not (out / "result.json").exists()
 
 
 def die_at(module, name, n):

@@ -249,6 +249,13 @@ def test_unusual_images_open_upright_in_rgb(tmp_path):
     assert turned.shape == (16, 8, 3) and abs(turned[2, 4] - BLUE).max() < 10 > abs(turned[-2, 4] - RED).max()
 
 
+def test_a_huge_image_is_named(tmp_path, monkeypatch):
+    Image.new("RGB", (13, 13)).save(tmp_path / "huge.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 80)
+    with pytest.raises(common.UserError, match="cannot read the image .*huge.png: .*169 pixels"):
+        common.open_image(tmp_path / "huge.png")
+
+
 @pytest.mark.parametrize("suffix", ["png", "jpg", "gif", "webp", "tiff", "bmp"])
 def test_an_empty_or_truncated_file_is_named(tmp_path, suffix):
     whole, path = tmp_path / f"whole.{suffix}", tmp_path / f"bad.{suffix}"

@@ -14,6 +14,7 @@ import torchvision
 from PIL import Image
 from runs import (
     TWO_PROCESSES,
+    begun_by_two,
     check_imagefolder,
     check_ladder,
     cut,
@@ -452,20 +453,25 @@ def test_the_ladder_runs_every_rung_with_every_seed(tmp_path):
     assert len(weighed) == 10 and all({"confidence", "weight"} <= set(r) for r in weighed)
 
 
-def test_two_processes_draw_the_images_that_one_draws(three_digits, tmp_path, monkeypatch):
-    """Each process learns tokens and draws batches of its own."""
+def test_any_processes_draw_the_images_that_one_draws(three_digits, tmp_path, monkeypatch):
+    """Two, each learning tokens and drawing batches of its own, going on with a run of one that was killed,
+    and one going on with a run of two.
+    """
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     arguments = FOLDER | {"data_dir": three_digits, "baseline": False}
+    assert in_child(lambda: (die_at(diagen, "save_embedding", 2), a_run(three_digits, tmp_path / "two"))) == 9
     outcome = in_own_process(diagen, launcher=TWO_PROCESSES, **arguments, out=tmp_path / "two")
     assert outcome[0] == 0, outcome[2]
-    assert in_child(lambda: a_run(three_digits, tmp_path / "one")) == 0
-    one, two = (
+    begun_by_two(diagen, tmp_path / "three", 5, **arguments)
+    for name in ("one", "three"):
+        assert in_child(lambda name=name: a_run(three_digits, tmp_path / name)) == 0
+    one, two, three = (
         {str(p.relative_to(tmp_path / k)): p.read_bytes()
          for pattern in ("synthetic/*/*.png", "embeddings/*/*", "prompts.csv")
-         for p in (tmp_path / k).glob(pattern)} for k in ("one", "two")
+         for p in (tmp_path / k).glob(pattern)} for k in ("one", "two", "three")
     )  # fmt: skip
-    assert len(one) == 18 + 3 + 1 and one == two
-    records = [lines_of(tmp_path / k / "synthetic" / "metadata.jsonl") for k in ("one", "two")]
-    for r in records[0] + records[1]:
+    assert len(one) == 18 + 3 + 1 and one == two == three
+    records = [lines_of(tmp_path / k / "synthetic" / "metadata.jsonl") for k in ("one", "two", "three")]
+    for r in sum(records, []):
         del r["confidence"], r["weight"]  # the filter sees batches in halves, augmented otherwise
-    assert records[0] == records[1]
+    assert records[0] == records[1] == records[2]

@@ -12,6 +12,7 @@ import torchvision
 from PIL import Image
 from runs import (
     TWO_PROCESSES,
+    begun_by_two,
     check_imagefolder,
     check_ladder,
     cut,
@@ -300,17 +301,23 @@ def test_the_ladder_runs_every_rung_with_every_seed(tmp_path):
     }  # fmt: skip
 
 
-def test_two_processes_draw_the_same_images_and_learn_as_well(striped, tmp_path):
-    """Batch norm sees half a batch, augmentations are others; what is to be learnt is easy: both learn it."""
+def test_any_processes_draw_the_same_images_and_learn_as_well(striped, tmp_path):
+    """One; two, going on with a run of one that was killed; one, going on with a run of two.
+
+    With two, batch norm sees half a batch and augmentations are others; what is to be learnt is easy: all do.
+    """
     striped |= dict(variations=1, noise_scale=0.0, epochs=6, eval_every=6, lr=0.01, baseline=False)
-    one, two = tmp_path / "one", tmp_path / "two"
+    one, two, three = (tmp_path / k for k in ("one", "two", "three"))
+    assert in_child(lambda: (die_at(dreamda, "vary", 3), in_this_process(dreamda, **striped, out=two))) == 9
     outcome = in_own_process(dreamda, launcher=TWO_PROCESSES, **striped, out=two)
     assert outcome[0] == 0, outcome[2]
-    outcome = in_this_process(dreamda, **striped, out=one)
-    assert outcome[0] == 0, outcome[2]
-    files = [{p.name: p.read_bytes() for p in out.glob("synthetic/*/*.png")} for out in (one, two)]
-    assert len(files[0]) == 48 and files[0] == files[1]
-    last = [lines_of(out / "metrics.jsonl")[-1] for out in (one, two)]
+    begun_by_two(dreamda, three, 20, **striped)
+    for out in (one, three):
+        outcome = in_this_process(dreamda, **striped, out=out)
+        assert outcome[0] == 0, outcome[2]
+    files = [{p.name: p.read_bytes() for p in out.glob("synthetic/*/*.png")} for out in (one, two, three)]
+    assert len(files[0]) == 48 and files[0] == files[1] == files[2]
+    last = [lines_of(out / "metrics.jsonl")[-1] for out in (one, two, three)]
     assert min(line["test"] for line in last) > 0.8 and last[0]["loss"] != last[1]["loss"]
 
 
