@@ -1046,7 +1046,7 @@ class Run:
             else:
                 self.write_json("config.json", {"args": config, "versions": versions()})
         accelerator.wait_for_everyone()
-        self.device = accelerator.device
+        self.device = "cpu" if accelerator.device.type == "cpu" else accelerator.device  # not "cpu:1"
 
     def write_text(self, name: str, text: str) -> None:
         if self.main:

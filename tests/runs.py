@@ -17,6 +17,7 @@ from pathlib import Path
 
 import matplotlib.figure  # noqa: F401 (imported once, before the runs in child processes)
 import numpy as np
+import psutil
 import pytest
 import torch
 from PIL import Image
@@ -95,11 +96,14 @@ def begun_by_two(script, out, images, **arguments) -> None:
     """Two processes run the script, and are killed as soon as they have written so many images to out."""
     command = [sys.executable, *TWO_PROCESSES, script.__file__, *command_line((), arguments | {"out": out})]
     env = os.environ | {"ACCELERATE_USE_CPU": "true"}
-    two = subprocess.Popen(command, env=env, start_new_session=True, stderr=subprocess.DEVNULL)
+    two = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while two.poll() is None and len([*out.glob("synthetic/*/*.png")]) < images:
         time.sleep(0.02)
-    os.killpg(two.pid, signal.SIGKILL)
-    assert two.wait() != 0 and not (out / "result.json").exists()
+    processes = [psutil.Process(two.pid), *psutil.Process(two.pid).children(recursive=True)]
+    for process in processes:
+        process.kill()
+    psutil.wait_procs(processes[1:], timeout=60)
+    assert two.wait() == -signal.SIGKILL and not (out / "result.json").exists()
 
 
 def die_at(module, name, n):
