@@ -784,25 +784,31 @@ def synthesize(args: Args, run, accelerator, pipe, data: common.Data, prompts, f
     if run.main:
         lines = "".join(json.dumps(r) + "\n" for r in records)
         common.write_whole((run.path if args.synthetic else folder) / "metadata.jsonl", lines)
-        save_pictures(run, data, images, records, args.variations)
     weights = weights.double().numpy()
     return Synthetic(images, weights / weights.sum(1, keepdims=True), records), about
 
 
-def save_pictures(run, data: common.Data, images: common.Images, records: list[dict], M: int) -> None:
-    """samples/: real | variations with their prompts and weights; the images of the lowest weight."""
-    chosen = np.linspace(0, len(data.train) - 1, min(6, len(data.train))).astype(int)
+def save_pictures(run, data: common.Data, made: dict[str, Synthetic], M: int) -> None:
+    """samples/: real | variations by each method, with prompts and weights; the lowest weights of the last."""
+
+    def caption(record: dict) -> str:
+        return f"{record['prompt']}, {record['weight'] * M:.2f}"
+
+    last = list(made)[-1]
+    count = {title: min(M, 5 if len(made) == 1 else 4 if title == last else 2) for title in made}
     tiles, captions = [], []
-    for i in chosen:
-        tiles += [common.open_image(data.train.sources[i])] + [
-            images.sources[i * M + m] for m in range(min(M, 5))
-        ]
-        captions += ["real"] + [
-            f"{r['prompt']}, {r['weight'] * M:.2f}" for r in records[i * M :][: min(M, 5)]
-        ]
-    common.save_captioned(tiles, captions, run.path / "samples" / "variations.png", 1 + min(M, 5))
+    for i in np.linspace(0, len(data.train) - 1, min(6, len(data.train))).astype(int):
+        tiles.append(common.open_image(data.train.sources[i]))
+        captions.append("real")
+        for title, synthetic in made.items():
+            of_i = slice(i * M, i * M + count[title])
+            tiles += synthetic.images.sources[of_i]
+            captions += [f"{title}: {caption(r)}" for r in synthetic.records[of_i]]
+    columns = 1 + sum(count.values())
+    common.save_captioned(tiles, captions, run.path / "samples" / "variations.png", columns)
+    images, records = made[last].images, made[last].records
     low = sorted(range(len(records)), key=lambda j: records[j]["weight"])[:12]
-    captions = [f"{records[j]['prompt']}, {records[j]['weight'] * M:.2f}" for j in low]
+    captions = [caption(records[j]) for j in low]
     common.save_captioned([images.sources[j] for j in low], captions, run.path / "samples" / "lowest.png", 6)
 
 
@@ -841,13 +847,16 @@ def run_once(args: Args, accelerator) -> dict:
         common.checkpoint_gradients(pipe, args.gradient_checkpointing)
         check(args, accelerator, pipe, data)
         prompts = {title: find_prompts(job, run, accelerator, data) for title, job in jobs.items() if job}
-    result, logs = {}, {}
+    result, logs, made = {}, {}, {}
     for title, job in jobs.items():
         main = title == list(jobs)[-1]
         synthetic, about = None, {"synthetic": 0, "generation": 0.0}
         if job:
             folder = run.path / ("synthetic" if main else job.method)
             synthetic, about = synthesize(job, run, accelerator, pipe, data, prompts.get(title), folder)
+            made[title] = synthetic
+            if run.main:
+                save_pictures(run, data, made, args.variations)
         name = "checkpoint" if main else re.sub(r"\W", "_", title)
         files = (f"{name}.pt", "metrics.jsonl" if main else f"{name}.jsonl")
         scores, logs[title] = train(args, run, accelerator, data, synthetic, files, title)
