@@ -789,7 +789,7 @@ def synthesize(args: Args, run, accelerator, pipe, data: common.Data, prompts, f
 
 
 def save_pictures(run, data: common.Data, made: dict[str, Synthetic], M: int) -> None:
-    """samples/: real | variations by each method, with prompts and weights; the lowest weights of the last."""
+    """samples/: real | variations by each method, with prompts and weights; the last one's lowest weights."""
 
     def caption(record: dict) -> str:
         return f"{record['prompt']}, {record['weight'] * M:.2f}"

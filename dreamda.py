@@ -730,26 +730,28 @@ def run_once(args: Args, accelerator) -> dict:
         result[CLASSIFIERS[kind]] = scores | {"synthetic": len(records)} | (about if main else {})
     if run.main:
         if pool:
-            save_labels(run, folder, records, *labels, own=not args.synthetic)
+            save_labels(run, folder, records, *labels, data.class_names, own=not args.synthetic)
         common.save_curves(logs, run.path / "curves.png")
         run.write_json("result.json", result)
     accelerator.wait_for_everyone()
     return result
 
 
-def save_labels(run: common.Run, folder: Path, records: list[dict], targets, labelled, own: bool) -> None:
+def save_labels(
+    run, folder: Path, records: list[dict], targets, labelled, names: list[str], own: bool
+) -> None:
     """Adds the final pseudo-labels to metadata.jsonl; draws the images whose label is not their seed's."""
-    changed = []
+    changed, captions = [], []
     for r, target, sure in zip(records, targets.argmax(1).tolist(), labelled.tolist(), strict=False):
         r["pseudo_label"] = target if sure else None
         if sure and target != r["label"]:
-            changed.append(common.open_image(folder / r["file_name"]))
+            changed.append(folder / r["file_name"])
+            captions.append(f"{names[r['label']]} → {names[target]}")
     if own:
         run.write_lines("synthetic/metadata.jsonl", records)
     if changed:
-        _, tensor = common.make_transforms(changed[0].width, "none")
-        grid = torch.stack([tensor(image) for image in changed[:40]])
-        common.save_grid(grid, run.path / "samples" / "relabelled.png", 10, max(1, 64 // grid.shape[-1]))
+        some = slice(None, None, math.ceil(len(changed) / 32))
+        common.save_captioned(changed[some], captions[some], run.path / "samples" / "relabelled.png", 8)
 
 
 # The paper's comparison: every rung adds one part, all with as many images and as many training steps.

@@ -144,18 +144,20 @@ def test_unlabelled_images_are_some_of_what_the_few_shot_draw_left(tmp_path):
     assert not {image.tobytes() for image in data.train.sources} & set(drawn)
 
 
-def test_the_final_pseudo_labels_are_written_and_changed_ones_shown(tmp_path):
+def test_the_final_pseudo_labels_are_written_and_changed_ones_shown(tmp_path, monkeypatch):
     _, run, _ = opened(tmp_path)
     records = [{"file_name": f"{i}.png", "label": 1} for i in range(3)]
     for i in range(3):
         common.save_png(torch.full((3, 32, 32), i / 4), tmp_path / f"{i}.png")
     targets = torch.eye(4)[[1, 2, 2, 0]]  # of three synthetic images and an unlabelled one
     labelled = torch.tensor([True, True, False, True])
-    dreamda.save_labels(run, tmp_path, records, targets, labelled, own=True)
+    shown = []
+    monkeypatch.setattr(common, "save_captioned", lambda *arguments: shown.append(arguments))
+    dreamda.save_labels(run, tmp_path, records, targets, labelled, [*"abcd"], own=True)
     written = lines_of(tmp_path / "synthetic" / "metadata.jsonl")
     assert [r["pseudo_label"] for r in written] == [1, 2, None]
-    shown = np.asarray(Image.open(tmp_path / "samples" / "relabelled.png"))
-    assert set(shown.flatten().tolist()) == {64}  # the second image alone
+    relabelled = tmp_path / "samples" / "relabelled.png"
+    assert shown == [([tmp_path / "1.png"], ["b → c"], relabelled, 8)]  # the second image alone
 
 
 def test_a_folder_of_ones_own_images_runs_end_to_end(mine):
