@@ -497,6 +497,13 @@ SAMPLER_ARGS = (
 # The run
 
 
+def equal_epochs(args: Args, real: int) -> int:
+    """Epochs on `real` images alone that see as many images as args.epochs with active generation do."""
+    half, held_out = args.epochs // 2, 0 if args.few_shot else args.genval_share * real
+    synthetic = args.images_per_epoch * (half * (half - 1) / 2 + half * (args.epochs - half))
+    return round((real * args.epochs - held_out * half + synthetic) / real)
+
+
 def train(args: Args, run: common.Run, accelerator, data: common.Data, pipe=None) -> dict:
     """Trains a classifier, with a pipeline by active generation (section 4.1), else on the real images alone.
 
@@ -653,13 +660,6 @@ LADDER = {
     "+ contrastive": dict(adversarial_weight=0.0),
     "+ adversarial": dict(),
 }
-
-
-def equal_epochs(args: Args, real: int) -> int:
-    """Epochs on `real` images alone that see as many images as args.epochs with active generation do."""
-    half, held_out = args.epochs // 2, 0 if args.few_shot else args.genval_share * real
-    synthetic = args.images_per_epoch * (half * (half - 1) / 2 + half * (args.epochs - half))
-    return round((real * args.epochs - held_out * half + synthetic) / real)
 
 
 def main(args: Args) -> None:

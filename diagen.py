@@ -716,7 +716,7 @@ def confidences(args: Args, run, accelerator, data: common.Data, images: common.
     return q, report
 
 
-METHODS = ("diagen", "da_fusion", "real_guidance")
+METHODS = {"diagen": "DIAGen", "da_fusion": "DA-Fusion", "real_guidance": "Real Guidance"}
 
 
 def resolve(args: Args) -> Args:
@@ -840,7 +840,7 @@ def run_once(args: Args, accelerator) -> dict:
     if not args.real_only:
         if args.baseline and args.method == "diagen" and not args.synthetic:
             jobs["DA-Fusion"] = as_method(args, "da_fusion")
-        jobs[TITLES[args.method]] = args
+        jobs[METHODS[args.method]] = args
     pipe, prompts = None, {}
     if not (args.real_only or args.synthetic):
         pipe = common.load_pipeline(args.diffusion, accelerator.device)
@@ -868,7 +868,6 @@ def run_once(args: Args, accelerator) -> dict:
     return result
 
 
-TITLES = {"diagen": "DIAGen", "da_fusion": "DA-Fusion", "real_guidance": "Real Guidance"}
 # The paper's ablation: every rung adds one part.
 LADDER = {
     "standard augmentation": dict(real_only=True),

@@ -662,6 +662,23 @@ def make_pool(args: Args, run: common.Run, accelerator, data: common.Data, folde
     return pool, distances
 
 
+def save_labels(
+    run, folder: Path, records: list[dict], targets, labelled, names: list[str], own: bool
+) -> None:
+    """Adds the final pseudo-labels to metadata.jsonl; draws the images whose label is not their seed's."""
+    changed, captions = [], []
+    for r, target, sure in zip(records, targets.argmax(1).tolist(), labelled.tolist(), strict=False):
+        r["pseudo_label"] = target if sure else None
+        if sure and target != r["label"]:
+            changed.append(folder / r["file_name"])
+            captions.append(f"{names[r['label']]} → {names[target]}")
+    if own:
+        run.write_lines("synthetic/metadata.jsonl", records)
+    if changed:
+        some = slice(None, None, math.ceil(len(changed) / 32))
+        common.save_captioned(changed[some], captions[some], run.path / "samples" / "relabelled.png", 8)
+
+
 CLASSIFIERS = {  # names in reports: what the classifier learns from, by the labels of the synthetic images
     "none": "standard augmentation",
     "seed": "seed labels",
@@ -735,23 +752,6 @@ def run_once(args: Args, accelerator) -> dict:
         run.write_json("result.json", result)
     accelerator.wait_for_everyone()
     return result
-
-
-def save_labels(
-    run, folder: Path, records: list[dict], targets, labelled, names: list[str], own: bool
-) -> None:
-    """Adds the final pseudo-labels to metadata.jsonl; draws the images whose label is not their seed's."""
-    changed, captions = [], []
-    for r, target, sure in zip(records, targets.argmax(1).tolist(), labelled.tolist(), strict=False):
-        r["pseudo_label"] = target if sure else None
-        if sure and target != r["label"]:
-            changed.append(folder / r["file_name"])
-            captions.append(f"{names[r['label']]} → {names[target]}")
-    if own:
-        run.write_lines("synthetic/metadata.jsonl", records)
-    if changed:
-        some = slice(None, None, math.ceil(len(changed) / 32))
-        common.save_captioned(changed[some], captions[some], run.path / "samples" / "relabelled.png", 8)
 
 
 # The paper's comparison: every rung adds one part, all with as many images and as many training steps.
