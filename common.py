@@ -1204,6 +1204,12 @@ def save_reliability(
     figure.savefig(path, dpi=110)
 
 
+def interval_text(values, sign: str = "") -> str:
+    """Mean ± half-width of the 95 % interval; one value stands alone. sign "+": a plus before a gain."""
+    mean, half = confidence_interval(values)
+    return f"{mean:{sign}.1f}" + (f" ± {half:.1f}" if len(values) > 1 else "")
+
+
 def save_ladder(top1: dict, folder: Path, distances: dict | None = None) -> None:
     """Prints and writes (ladder.json, ladder.md) top1[split][rung] = accuracies in %, one per seed.
 
@@ -1222,11 +1228,9 @@ def save_ladder(top1: dict, folder: Path, distances: dict | None = None) -> None
     for i, rung in enumerate(rungs):
         cells = []
         for values in top1.values():
-            mean, half = confidence_interval(values[rung])
-            cells += [f"{mean:.1f} ± {half:.1f}", ""]
+            cells += [interval_text(values[rung]), ""]
             if i > 0:
-                mean, half = confidence_interval(np.subtract(values[rung], values[rungs[i - 1]]))
-                cells[-1] = f"{mean:+.1f} ± {half:.1f}"
+                cells[-1] = interval_text(np.subtract(values[rung], values[rungs[i - 1]]), "+")
         cells += [f"{np.mean(d[rung]):.3g}" if rung in d else "" for d in distances.values()]
         lines.append(f"| {rung} | " + " | ".join(cells) + " |")
     table = f"{seeds} seeds, mean ± 95 % interval, % top-1\n\n" + "\n".join(lines) + "\n"

@@ -368,6 +368,8 @@ def test_the_confidence_interval_is_students():
     low, high = stats.t.interval(0.95, 4, np.mean(values), stats.sem(values))
     assert common.confidence_interval(values) == pytest.approx(((low + high) / 2, (high - low) / 2))
     assert math.isnan(common.confidence_interval([3.0])[1])
+    assert common.interval_text(values) == f"71.6 ± {(high - low) / 2:.1f}"
+    assert (common.interval_text([3.0]), common.interval_text([3.0], "+")) == ("3.0", "+3.0")
 
 
 def test_curves_show_accuracies_that_are_measured_now_and_then(tmp_path):
