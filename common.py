@@ -1246,7 +1246,6 @@ def save_curves(series: dict[str, list[dict]], path: Path) -> None:
     tested = any("test" in line for lines in series.values() for line in lines)
     panels = {
         "accuracy (%)": {"test": "-", "test_ood": "--"} if tested else {"val": "-"},
-        "validation accuracy (%)": {"val": "-"},
         "training loss": {"loss": "-"},
         "pseudo-labels (%)": {"labelled": "-", "label_accuracy": "--", "seed_accuracy": ":"},
     }
