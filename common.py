@@ -840,6 +840,17 @@ def distribution_distances(real: torch.Tensor, fake: torch.Tensor, k: int = 3) -
     }
 
 
+def distances_to_test(images: Images, data: Data, accelerator) -> tuple[dict[str, float], torch.Tensor]:
+    """On digits: distribution_distances of `images` to the real `test` images, and the digits that are read.
+
+    "oracle": the share of images whose label is read. They have the transform of `test`.
+    """
+    real, _ = judge_digits(data.test, accelerator)
+    fake, read = judge_digits(images, accelerator)
+    right = (read == torch.tensor(images.labels)).float().mean().item()
+    return distribution_distances(real, fake) | {"oracle": right}, read
+
+
 def confidence_interval(values) -> tuple[float, float]:
     """Mean and half-width of the 95 % interval (Student's t); the half-width of one value is NaN."""
     from scipy.stats import t
@@ -1046,7 +1057,6 @@ class Run:
             else:
                 self.write_json("config.json", {"args": config, "versions": versions()})
         accelerator.wait_for_everyone()
-        self.device = "cpu" if accelerator.device.type == "cpu" else accelerator.device  # not "cpu:1"
 
     def write_text(self, name: str, text: str) -> None:
         if self.main:
@@ -1060,12 +1070,12 @@ class Run:
             save_atomically(state, self.path / name)
 
     def load(self, name: str) -> dict | None:
-        """The checkpoint `name`, or None. Only tensors and plain values are read, nothing is unpickled."""
+        """The checkpoint `name` on the CPU, or None. Tensors and plain values only: nothing is unpickled."""
         path = self.path / name
         if not path.exists():
             return None
         try:
-            return torch.load(path, weights_only=True, map_location=self.device)
+            return torch.load(path, weights_only=True, map_location="cpu")
         except Exception as error:
             raise UserError(
                 f"cannot read {path} ({str(error)[:80]}); delete it or give --overwrite to start afresh"

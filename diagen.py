@@ -743,36 +743,45 @@ def as_method(args: Args, method: str) -> Args:
 
 
 def synthesize(args: Args, run, accelerator, pipe, data: common.Data, prompts, folder: Path):
-    """Generates and weighs the images of args.method in `folder`: (Synthetic, what to report).
+    """Generates the images of args.method in `folder`: (their records, seconds)."""
+    rows = None
+    if args.method != "real_guidance":
+        rows = learn_tokens(args, run, accelerator, pipe, data)
+        generators = [common.generator(args.seed, 3, c) for c in range(len(rows))]
+        rows = noisy_embeddings(rows, args.sigmas, generators, args.relative_sigma)
+    return generate(args, run, accelerator, pipe, data, rows, prompts, folder)
 
-    With args.synthetic they are another run's. Raises UserError if that drew other training images.
-    """
-    rows, seconds = None, 0.0
-    if args.synthetic:
-        folder = Path(args.synthetic) / "synthetic"
-        records = common.read_records(folder, data.class_names)
-        theirs = json.loads((Path(args.synthetic) / "config.json").read_text())["args"]
-        for name in ("dataset", "seed", "examples_per_class", "variations"):
-            if theirs[name] != getattr(args, name):
-                raise common.UserError(
-                    f"--synthetic: {args.synthetic} has --{name} {theirs[name]}, "
-                    f"this run --{name} {getattr(args, name)}; its images vary others"
-                )
-    else:
-        if args.method != "real_guidance":
-            rows = learn_tokens(args, run, accelerator, pipe, data)
-            generators = [common.generator(args.seed, 3, c) for c in range(len(rows))]
-            rows = noisy_embeddings(rows, args.sigmas, generators, args.relative_sigma)
-        records, seconds = generate(args, run, accelerator, pipe, data, rows, prompts, folder)
-    about = {"synthetic": len(records), "generation": seconds}
+
+def read_variations(args: Args, data: common.Data, folder: Path) -> list[dict]:
+    """The records of another run's images in `folder`. UserError if they vary other training images."""
+    records = common.read_records(folder, data.class_names)
+    try:
+        theirs = json.loads((folder.parent / "config.json").read_text())["args"]
+    except (OSError, ValueError, KeyError) as error:
+        raise common.UserError(
+            f"--synthetic: cannot read {folder.parent / 'config.json'} ({error})"
+        ) from None
+    for name in ("dataset", "seed", "examples_per_class", "variations"):
+        if theirs.get(name) != getattr(args, name):
+            raise common.UserError(
+                f"--synthetic: {args.synthetic} has --{name} {theirs.get(name)}, "
+                f"this run --{name} {getattr(args, name)}; its images vary others"
+            )
+    if [r["guide_index"] for r in records] != [
+        i for i in range(len(data.train)) for _ in range(args.variations)
+    ]:
+        raise common.UserError(f"--synthetic: images in {folder} are missing; go on with that run first")
+    return records
+
+
+def weigh(args: Args, run, accelerator, data: common.Data, records: list[dict], folder: Path):
+    """Weighs the images in `folder`, and writes that into their metadata: (Synthetic, what to report)."""
     sources = [common.keep_small(folder / r["file_name"], args.image_size) for r in records]
     images = common.Images(sources, [r["label"] for r in records], data.train.transform)
     plain = images.subset(range(len(images)), data.test.transform)
+    about = {"synthetic": len(records)}
     if args.dataset == "digits":
-        real, _ = common.judge_digits(data.test, accelerator)
-        fake, read = common.judge_digits(plain, accelerator)
-        about["distances"] = common.distribution_distances(real, fake)
-        about["distances"]["oracle"] = (read == torch.tensor(images.labels)).float().mean().item()
+        about["distances"], _ = common.distances_to_test(plain, data, accelerator)
     weights = torch.full((len(data.train), args.variations), 1 / args.variations)
     if args.weighting:
         q, about["filter"] = confidences(args, run, accelerator, data, plain)
@@ -781,9 +790,7 @@ def synthesize(args: Args, run, accelerator, pipe, data: common.Data, prompts, f
             r["confidence"] = confidence
     for r, w in zip(records, weights.flatten().tolist(), strict=True):
         r["weight"] = w
-    if run.main:
-        lines = "".join(json.dumps(r) + "\n" for r in records)
-        common.write_whole((run.path if args.synthetic else folder) / "metadata.jsonl", lines)
+    run.write_lines("metadata.jsonl" if args.synthetic else f"{folder.name}/metadata.jsonl", records)
     weights = weights.double().numpy()
     return Synthetic(images, weights / weights.sum(1, keepdims=True), records), about
 
@@ -841,8 +848,10 @@ def run_once(args: Args, accelerator) -> dict:
         if args.baseline and args.method == "diagen" and not args.synthetic:
             jobs["DA-Fusion"] = as_method(args, "da_fusion")
         jobs[METHODS[args.method]] = args
-    pipe, prompts = None, {}
-    if not (args.real_only or args.synthetic):
+    if args.synthetic and not args.real_only:
+        folder, seconds = Path(args.synthetic) / "synthetic", 0.0
+        records = read_variations(args, data, folder)
+    elif not args.real_only:
         pipe = common.load_pipeline(args.diffusion, accelerator.device)
         common.checkpoint_gradients(pipe, args.gradient_checkpointing)
         check(args, accelerator, pipe, data)
@@ -852,9 +861,11 @@ def run_once(args: Args, accelerator) -> dict:
         main = title == list(jobs)[-1]
         synthetic, about = None, {"synthetic": 0, "generation": 0.0}
         if job:
-            folder = run.path / ("synthetic" if main else job.method)
-            synthetic, about = synthesize(job, run, accelerator, pipe, data, prompts.get(title), folder)
-            made[title] = synthetic
+            if not args.synthetic:
+                folder = run.path / ("synthetic" if main else job.method)
+                records, seconds = synthesize(job, run, accelerator, pipe, data, prompts[title], folder)
+            synthetic, about = weigh(job, run, accelerator, data, records, folder)
+            about["generation"], made[title] = seconds, synthetic
             if run.main:
                 save_pictures(run, data, made, args.variations)
         name = "checkpoint" if main else re.sub(r"\W", "_", title)

@@ -645,10 +645,7 @@ def make_pool(args: Args, run: common.Run, accelerator, data: common.Data, folde
     seed_labels = torch.tensor(images.labels)
     truth, distances = None, {}
     if args.dataset == "digits":
-        real, _ = common.judge_digits(data.test, accelerator)
-        fake, truth = common.judge_digits(images, accelerator)
-        distances = common.distribution_distances(real, fake)
-        distances["oracle"] = (truth == seed_labels).float().mean().item()
+        distances, truth = common.distances_to_test(images, data, accelerator)
     if args.unlabelled:
         some = np.random.default_rng(args.seed).permutation(len(data.unlabelled))[: args.unlabelled]
         extra = data.unlabelled.subset(some)

@@ -5,12 +5,13 @@
     python tests/compare.py --per_class 16 --images 0 160 320 640 --seeds 3    and the figure
 
 Every classifier is the small CNN with the weights pretrained without labels (common.train_backbone), all of
-it learning for 600 steps of 48 images, by AdamW at 1e-3. `images` synthetic ones are made for each draw of
-real ones. Random text-to-image, Real Guidance, DA-Fusion and DreamDA without AMST differ in their images
-only, one real image to two synthetic ones in a batch; ActGen, DreamDA and DIAGen train as their papers say
-(DIAGen: the best of 30 epochs on the validation split). Runs are kept in --out and not repeated, so the
-command goes on where it was stopped, and several processes can share the work by --first_seed. Writes
-compare.json, compare.md and, with several numbers of images, compare.png there.
+it learning for 600 steps by AdamW at 1e-3. `images` synthetic ones are made for each draw of real ones.
+Random text-to-image, Real Guidance, DA-Fusion and DreamDA without AMST differ in their images only: a step
+takes 16 real images, as without synthetic ones, and 32 synthetic ones. ActGen, DreamDA and DIAGen train as
+their papers say, 48 images a step (DIAGen: the best of 30 epochs on the validation split). The seconds of
+generation are without Textual Inversion, whose tokens DA-Fusion and DIAGen share. Runs are kept in --out and
+not repeated, so the command goes on where it was stopped, and several processes can share the work by
+--first_seed. Writes compare.json, compare.md and, with several numbers of images, compare.png there.
 """
 
 import argparse
@@ -77,6 +78,7 @@ def methods(k: int, images: int, seed: int, out: Path) -> dict:
     found["DreamDA"] = amst, out / "DreamDA, seed labels" / "synthetic", scores["generation"]
     scores = run(
         diagen, out / "DIAGen", **draw, variations=M, epochs=30, iterations=STEPS // 30,
+        embeddings=str(out / "DA-Fusion, images"),
         batch_size=REAL + SYNTHETIC, frozen=False, synthetic_probability=SYNTHETIC / (REAL + SYNTHETIC),
     )  # fmt: skip
     found["DIAGen"] = scores, out / "DIAGen" / "synthetic", scores["generation"]
@@ -89,8 +91,7 @@ def distances(folder: Path) -> dict[str, float]:
     records = common.read_records(folder, data.class_names)
     sources = [folder / r["file_name"] for r in records]
     images = common.Images(sources, [r["label"] for r in records], data.test.transform)
-    real, _ = common.judge_digits(data.test, accelerator)
-    return common.distribution_distances(real, common.judge_digits(images, accelerator)[0])
+    return common.distances_to_test(images, data, accelerator)[0]
 
 
 def main(args: argparse.Namespace) -> None:
@@ -145,12 +146,12 @@ def draw(rows: dict, args: argparse.Namespace, path: Path) -> None:
     k = args.per_class[-1]
     figure = Figure(figsize=(10, 4), layout="constrained")
     for axes, split in zip(figure.subplots(1, 2), ("test", "test_ood"), strict=True):
-        start = rows[k, min(args.images), "standard augmentation"]
         for name in dict.fromkeys(m for of, n, m in rows if of == k and n > 0):
             if name in ("real images alone", "standard augmentation"):
                 continue
             at = {n: r for (of, n, m), r in rows.items() if (of, m) == (k, name)}
-            at = ({0: start} if 0 in args.images else {}) | at
+            if 0 in args.images:
+                at = {0: rows[k, 0, "standard augmentation"]} | at
             axes.plot([*at], [np.mean([row[split] for row in r]) for r in at.values()], "o-", label=name)
         axes.set(xlabel=f"synthetic images, {k} real ones per class", ylabel=f"{split} accuracy (%)")
     axes.legend(fontsize="small")

@@ -31,14 +31,19 @@ def command_line(words, arguments):
     return [str(word) for name, value in arguments.items() for word in (f"--{name}", value)] + list(words)
 
 
-def in_own_process(script, *words, launcher=(), **arguments):
-    """(status, stdout, stderr) of the script with these arguments.
+def own_process(script, words, arguments, launcher) -> dict:
+    """What subprocess needs to run the script with these arguments.
 
     launcher: TWO_PROCESSES on the CPU; `accelerate launch --cpu --num_processes 2` would start only one.
     """
     command = [sys.executable, *launcher, script.__file__, *command_line(words, arguments)]
-    env = os.environ | ({"ACCELERATE_USE_CPU": "true"} if launcher else {})
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env)
+    return {"args": command, "env": os.environ | ({"ACCELERATE_USE_CPU": "true"} if launcher else {})}
+
+
+def in_own_process(script, *words, launcher=(), **arguments):
+    """(status, stdout, stderr) of the script with these arguments; launcher: see own_process."""
+    command = own_process(script, words, arguments, launcher)
+    done = subprocess.run(**command, capture_output=True, text=True, timeout=300)
     return done.returncode, done.stdout, done.stderr
 
 
@@ -94,9 +99,8 @@ def in_child(function) -> int:
 
 def begun_by_two(script, out, images, **arguments) -> None:
     """Two processes run the script, and are killed as soon as they have written so many images to out."""
-    command = [sys.executable, *TWO_PROCESSES, script.__file__, *command_line((), arguments | {"out": out})]
-    env = os.environ | {"ACCELERATE_USE_CPU": "true"}
-    two = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    command = own_process(script, (), arguments | {"out": out}, TWO_PROCESSES)
+    two = subprocess.Popen(**command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while two.poll() is None and len([*out.glob("synthetic/*/*.png")]) < images:
         time.sleep(0.02)
     processes = [psutil.Process(two.pid), *psutil.Process(two.pid).children(recursive=True)]
@@ -120,6 +124,17 @@ def die_at(module, name, n):
         os._exit(9)
 
     setattr(module, name, dying)
+
+
+def check_kill(module, name, n, run, out, expected, files) -> None:
+    """run(out), killed by die_at(module, name, n) and gone on with, leaves what an uninterrupted one does.
+
+    files(out): what is left, to be equal to `expected`.
+    """
+    assert in_child(lambda: (die_at(module, name, n), run(out))) == 9
+    assert not (out / "result.json").exists()
+    assert in_child(lambda: run(out)) == 0
+    assert files(out) == expected
 
 
 def lines_of(path):

@@ -15,6 +15,7 @@ from runs import (
     TWO_PROCESSES,
     begun_by_two,
     check_imagefolder,
+    check_kill,
     check_ladder,
     cut,
     die_at,
@@ -134,10 +135,7 @@ def uninterrupted(tmp_path_factory):
     ],
 )
 def test_the_result_is_the_same_after_a_kill_while(module, name, n, tmp_path, uninterrupted):
-    assert in_child(lambda: (die_at(module, name, n), run_with_all_losses(tmp_path))) == 9
-    assert not (tmp_path / "result.json").exists()
-    assert in_child(lambda: run_with_all_losses(tmp_path)) == 0
-    assert result_and_files(tmp_path) == uninterrupted
+    check_kill(module, name, n, run_with_all_losses, tmp_path, uninterrupted, result_and_files)
 
 
 MISTAKES = [  # in its own process?, what is done to the folder, arguments, words of the error

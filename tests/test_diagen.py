@@ -335,7 +335,8 @@ def synthesize(pipe, data, out, **changes):
     accelerator = common.make_accelerator()
     run = common.Run(out, args, accelerator)
     prompts = diagen.find_prompts(args, run, accelerator, data)
-    synthetic, _ = diagen.synthesize(args, run, accelerator, pipe, data, prompts, out / "synthetic")
+    records, _ = diagen.synthesize(args, run, accelerator, pipe, data, prompts, folder := out / "synthetic")
+    synthetic, _ = diagen.weigh(args, run, accelerator, data, records, folder)
     files = [out / "synthetic" / r["file_name"] for r in synthetic.records]
     assert sorted(files) == sorted(out.glob("synthetic/*/*.png"))
     return synthetic, np.stack([Image.open(f) for f in files]), [f.read_bytes() for f in files]

@@ -16,6 +16,7 @@ from runs import (
     TWO_PROCESSES,
     begun_by_two,
     check_imagefolder,
+    check_kill,
     check_ladder,
     cut,
     die_at,
@@ -260,6 +261,20 @@ def test_images_of_a_run_on_other_training_images_are_refused(change, words, fin
     assert words in the_error(in_this_process(diagen, **arguments))
 
 
+def test_images_of_another_script_or_an_unfinished_run_are_refused(finished, tmp_path):
+    shutil.copytree(finished[0], other := tmp_path / "other")
+    arguments = DIGITS | {"synthetic": other, "out": tmp_path / "run"}
+    next(other.glob("synthetic/*/*.png")).unlink()
+    assert f"images in {other / 'synthetic'} are missing" in the_error(in_this_process(diagen, **arguments))
+    config = json.loads((other / "config.json").read_text())
+    del config["args"]["variations"]
+    (other / "config.json").write_text(json.dumps(config))
+    assert "has --variations None" in the_error(in_this_process(diagen, **arguments))
+    (other / "config.json").unlink()
+    assert f"cannot read {other / 'config.json'}" in the_error(in_this_process(diagen, **arguments))
+    assert not [*(tmp_path / "run").glob("*.pt")]  # before anything is trained
+
+
 # --- interrupted
 
 
@@ -314,10 +329,7 @@ def uninterrupted(three_digits, tmp_path_factory):
     ],
 )
 def test_the_result_is_the_same_after_a_kill_while(module, name, n, three_digits, tmp_path, uninterrupted):
-    assert in_child(lambda: (die_at(module, name, n), a_run(three_digits, tmp_path))) == 9
-    assert not (tmp_path / "result.json").exists()
-    assert in_child(lambda: a_run(three_digits, tmp_path)) == 0
-    assert all_files(tmp_path) == uninterrupted
+    check_kill(module, name, n, lambda out: a_run(three_digits, out), tmp_path, uninterrupted, all_files)
 
 
 @pytest.mark.parametrize("name, n", [("save_embedding", 1), ("img2img", 1)])
