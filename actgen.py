@@ -14,10 +14,11 @@ while sampling.
     accelerate launch actgen.py --dataset imagenet          several GPUs
 
 Paper to code:
-    section 4.1   misclassified images, schedule of an epoch    plan_epoch, train
-    section 4.2   attentive image guidance, x~_{t-1}          generate (the sampler), ClassAttention (mask)
-    section 4.3   contrastive and adversarial loss on c         gradient_step
-    few-shot      confidence to guidance                        confidence_to_centre
+    4.1 misclassified images, schedule of an epoch    plan_epoch, curriculum, train
+        few-shot: confidence to guidance              confidence_to_centre
+    4.2 the mask m_t                                  ClassAttention
+    4.3 L_contra, L_adv, the step on c                contrastive_loss, adversarial_loss, gradient_step
+    4.2 attentive image guidance, x~_{t-1}            generate
 """
 
 import math
@@ -51,6 +52,9 @@ class Args(common.RunArgs):
     # gradient guidance of the text embedding
     contrastive_weight: float = HfArg(default=1.0, help="weight of L_contra, 0: off")
     adversarial_weight: float = HfArg(default=0.1, help="lambda, weight of L_adv, 0: off")
+    adversarial_pixels: int = HfArg(
+        default=0, help="decode at this size for L_adv, faster but not exact, 0: at full size"
+    )
     gradient_steps: int = HfArg(default=10, help="the first steps get gradient guidance")
     nu: float | None = HfArg(default=None, help="step size on the text embedding (recipe)")
     rho: float = HfArg(default=200.0, help="margin of L_contra, for latents of 4x64x64")
@@ -92,6 +96,63 @@ RECIPES = {
 }  # fmt: skip
 for _name in ("caltech101", "pets", "cars", "coco", "folder"):
     RECIPES[_name] = SMALL
+
+# ----------------------------------------------------------------------------------------------------------
+# Section 4.1: which images to generate, when
+
+
+def confidence_to_centre(confidence: torch.Tensor, centre: float = 12.5) -> torch.Tensor:
+    """Few-shot guidance centre i_0 = centre * (1 - p), p the softmax confidence in the guide's own class.
+
+    The paper's function is not published; this choice keeps its two ends: a guide the classifier misses
+    (p = 0) is followed as in the main method, so that its variants show what is not known yet; from one it
+    knows (p = 1) only the class is kept, because copies of it would teach nothing.
+    """
+    return centre * (1 - confidence)
+
+
+def curriculum(epoch: int, epochs: int) -> tuple[float, float]:
+    """(probability of plain text-to-image, that of the adversarial loss) at an epoch of the first half.
+
+    r = 0.5 max(0, 1 - e / (E/2 - 1)) falls from 0.5 to 0 at half time; the other is max(0, 0.5 - r).
+    """
+    r = 0.5 * max(0.0, 1 - epoch / max(1, epochs / 2 - 1))
+    return r, max(0.0, 0.5 - r)
+
+
+def plan_epoch(args: Args, logits: torch.Tensor, labels: torch.Tensor, epoch: int) -> dict[str, list]:
+    """The images to generate after `epoch`: guide (index in gen-val), label, guided, adversarial, centre.
+
+    Guides are n random misclassified images, cycled if there are fewer; if the classifier makes no mistake,
+    those it is least sure of. Few-shot: n random images whatever the prediction. Random generation: no guide,
+    random classes.
+    """
+    n, rng = args.images_per_epoch, np.random.default_rng([args.seed, epoch])
+    confidence = logits.softmax(1)[torch.arange(len(labels)), labels]
+    wrong = torch.nonzero(logits.argmax(1) != labels).flatten().numpy()
+    if args.few_shot:
+        pool = np.arange(len(labels))
+    else:
+        pool = wrong if len(wrong) else confidence.argsort()[:n].numpy()
+    pool = rng.permutation(pool)
+    guides = pool[np.arange(n) % len(pool)]
+    plain_text, hard = curriculum(epoch, args.epochs)
+    guided = rng.random(n) >= plain_text
+    adversarial = guided & (rng.random(n) < hard)
+    plan = {"guide": guides.tolist(), "label": labels[guides].tolist()}
+    if args.random_generation:
+        guided = adversarial = np.zeros(n, bool)
+        plan["label"] = rng.integers(0, logits.shape[1], n).tolist()
+    centre = torch.full((n,), args.guidance_centre)
+    if args.few_shot:
+        centre = confidence_to_centre(confidence[guides], args.guidance_centre)
+    return plan | {
+        "guided": guided.tolist(),
+        "adversarial": adversarial.tolist(),
+        "centre": centre.tolist(),
+        "wrong": len(wrong),
+    }
+
 
 # ----------------------------------------------------------------------------------------------------------
 # Section 4.2: the foreground mask m_t from the class tokens' cross-attention
@@ -182,8 +243,16 @@ def contrastive_loss(x0: torch.Tensor, bank: torch.Tensor, rho: float) -> torch.
     return F.relu(rho - (x0[None] - bank).flatten(1).norm(dim=1)).mean()
 
 
-def adversarial_loss(pipe, x0: torch.Tensor, labels: torch.Tensor, classifier, size: int) -> torch.Tensor:
-    """L_adv = -CE(classifier(resized D(x0)), y), summed over x0 [B, C, h, w]; size: its pixels."""
+def adversarial_loss(
+    pipe, x0: torch.Tensor, labels: torch.Tensor, classifier, size: int, pixels: int = 0
+) -> torch.Tensor:
+    """L_adv = -CE(classifier(resized D(x0)), y), summed over x0 [B, C, h, w]; size: the classifier's pixels.
+
+    pixels: D draws x0 at this size, from averaged latents, 0: at its own. Not exact, but the decoder's share
+    of the cost falls with the square, and a classifier of 32 pixels sees little of the 512.
+    """
+    if pixels:
+        x0 = F.interpolate(x0, (pixels // pipe.vae_scale_factor,) * 2, mode="area")
     images = common.decode(pipe, x0, clamp=False)  # clamping would stop the gradient
     images = F.interpolate(images, (size, size), mode="bilinear", antialias=True)
     return -F.cross_entropy(classifier(images), labels, reduction="sum")
@@ -198,6 +267,29 @@ def gradient_step(c: torch.Tensor, gradient: torch.Tensor, nu: float) -> torch.T
 
 # ----------------------------------------------------------------------------------------------------------
 # Section 4.2 and 4.3 together: the guided DDPM sampler
+
+
+def predict_x0(scheduler, output, x, alpha):
+    """x^_0 = (x_t - sqrt(1 - alpha_t) eps) / sqrt(alpha_t), or its counterpart for a v-prediction U-Net.
+
+    output: the U-Net's, x: latents, both [B, C, h, w]; alpha: alphas_cumprod at their timesteps, a number or
+    [B, 1, 1, 1].
+    """
+    if scheduler.config.prediction_type == "v_prediction":
+        return alpha**0.5 * x - (1 - alpha) ** 0.5 * output
+    return (x - (1 - alpha) ** 0.5 * output) / alpha**0.5
+
+
+def ddpm_step(scheduler, x0, x, t, previous, xi):
+    """posterior_mean(x0, x_t) + sigma_t xi (Ho et al. 2020, eq. 6, 7), as diffusers' DDPMScheduler does."""
+    alpha = scheduler.alphas_cumprod[t]
+    alpha_prev = scheduler.alphas_cumprod[previous] if previous is not None else scheduler.one
+    beta = 1 - alpha / alpha_prev  # of this (possibly long) step
+    mean = (alpha_prev**0.5 * beta / (1 - alpha)) * x0 + (
+        (alpha / alpha_prev) ** 0.5 * (1 - alpha_prev) / (1 - alpha)
+    ) * x
+    variance = torch.clamp((1 - alpha_prev) / (1 - alpha) * beta, min=1e-20)
+    return mean + variance**0.5 * xi
 
 
 @dataclass
@@ -232,9 +324,16 @@ def generate(
     rho: float = 200.0,
     contrastive_weight: float = 1.0,
     adversarial_weight: float = 0.1,
+    adversarial_pixels: int = 0,
     classifier_size: int | None = None,
 ) -> Generated:
     """Variants of `guides` by attentive image guidance and gradient guidance (sections 4.2 and 4.3).
+
+        x^_0      = (x_t - sqrt(1 - alpha_t) eps) / sqrt(alpha_t)       eps: guided by c_t (classifier-free)
+        c_{t-1}   = c_t - nu grad_c L / |grad_c L|_2                    L = L_contra + lambda L_adv of x^_0
+        x_{t-1}   = posterior_mean(x^_0, x_t) + sigma_t xi
+        x^g_{t-1} = posterior_mean(z_g, x^g_t) + sigma_t xi             the guide's trajectory, the same xi
+        x~_{t-1}  = x_{t-1} + m_t gamma_t (x^g_{t-1} - x_{t-1})         gamma_i = 1 - sigmoid(i - i_0)
 
     pipe: a frozen StableDiffusionPipeline with a DDPMScheduler (common.load_pipeline)
     guides: [B, 3, H, W] in [0, 1] at the pipeline's resolution, or None for text-to-image
@@ -246,6 +345,7 @@ def generate(
     adversarial: [B] bools (default all), L_adv on
     guidance_centre: i_0, a number or [B]
     rho: given for 16,384 latent values and scaled with the root of their number
+    adversarial_pixels: the side of the images that are decoded for L_adv, 0: the pipeline's resolution
 
     Without guidance and losses this is DDPM sampling, bit-equal to the stock pipeline's. Only the conditional
     embedding moves (the unconditional one says nothing of the class). Raises UserError if the U-Net has no
@@ -334,7 +434,7 @@ def generate(
                     if hard.any():
                         y = labels[active][hard].to(device)
                         loss = loss + adversarial_weight * adversarial_loss(
-                            pipe, x0[hard], y, classifier, classifier_size
+                            pipe, x0[hard], y, classifier, classifier_size, adversarial_pixels
                         )
                     (gradient,) = torch.autograd.grad(loss, c_active)
                 c[active] = gradient_step(c[active], gradient, nu)
@@ -346,7 +446,7 @@ def generate(
             xi = randn_tensor(shape, generators, device)
             x_next = ddpm_step(scheduler, x0, x, t, previous, xi)
             if mixing[i]:
-                x_g = ddpm_step(scheduler, z_g, x_g, t, previous, xi)  # the guide's trajectory, same noise
+                x_g = ddpm_step(scheduler, z_g, x_g, t, previous, xi)
                 m = attention.mask() if attention_mask else torch.ones(1, 1, 1, 1, device=device)
                 m = F.interpolate(m, (size, size), mode="bilinear")
                 x_next = x_next + m * gamma[i].view(B, 1, 1, 1) * (x_g - x_next)
@@ -355,84 +455,13 @@ def generate(
         return Generated(common.decode(pipe, x), x, masks)
 
 
-def predict_x0(scheduler, output, x, alpha):
-    """x^_0 = (x_t - sqrt(1 - alpha_t) eps) / sqrt(alpha_t), or its counterpart for a v-prediction U-Net.
-
-    output: the U-Net's, x: latents, both [B, C, h, w]; alpha: alphas_cumprod at their timesteps, a number or
-    [B, 1, 1, 1].
-    """
-    if scheduler.config.prediction_type == "v_prediction":
-        return alpha**0.5 * x - (1 - alpha) ** 0.5 * output
-    return (x - (1 - alpha) ** 0.5 * output) / alpha**0.5
-
-
-def ddpm_step(scheduler, x0, x, t, previous, xi):
-    """posterior_mean(x0, x_t) + sigma_t xi (Ho et al. 2020, eq. 6, 7), as diffusers' DDPMScheduler does."""
-    alpha = scheduler.alphas_cumprod[t]
-    alpha_prev = scheduler.alphas_cumprod[previous] if previous is not None else scheduler.one
-    beta = 1 - alpha / alpha_prev  # of this (possibly long) step
-    mean = (alpha_prev**0.5 * beta / (1 - alpha)) * x0 + (
-        (alpha / alpha_prev) ** 0.5 * (1 - alpha_prev) / (1 - alpha)
-    ) * x
-    variance = torch.clamp((1 - alpha_prev) / (1 - alpha) * beta, min=1e-20)
-    return mean + variance**0.5 * xi
-
-
 # ----------------------------------------------------------------------------------------------------------
-# Section 4.1: which images to generate, when
+# The run
 
-
-def confidence_to_centre(confidence: torch.Tensor, centre: float = 12.5) -> torch.Tensor:
-    """Few-shot guidance centre i_0 = centre * (1 - p), p the softmax confidence in the guide's own class.
-
-    The paper's function is not published; this choice keeps its two ends: a guide the classifier misses
-    (p = 0) is followed as in the main method, so that its variants show what is not known yet; from one it
-    knows (p = 1) only the class is kept, because copies of it would teach nothing.
-    """
-    return centre * (1 - confidence)
-
-
-def curriculum(epoch: int, epochs: int) -> tuple[float, float]:
-    """(probability of plain text-to-image, that of the adversarial loss) at an epoch of the first half.
-
-    r = 0.5 max(0, 1 - e / (E/2 - 1)) falls from 0.5 to 0 at half time; the other is max(0, 0.5 - r).
-    """
-    r = 0.5 * max(0.0, 1 - epoch / max(1, epochs / 2 - 1))
-    return r, max(0.0, 0.5 - r)
-
-
-def plan_epoch(args: Args, logits: torch.Tensor, labels: torch.Tensor, epoch: int) -> dict[str, list]:
-    """The images to generate after `epoch`: guide (index in gen-val), label, guided, adversarial, centre.
-
-    Guides are n random misclassified images, cycled if there are fewer; if the classifier makes no mistake,
-    those it is least sure of. Few-shot: n random images whatever the prediction. Random generation: no guide,
-    random classes.
-    """
-    n, rng = args.images_per_epoch, np.random.default_rng([args.seed, epoch])
-    confidence = logits.softmax(1)[torch.arange(len(labels)), labels]
-    wrong = torch.nonzero(logits.argmax(1) != labels).flatten().numpy()
-    if args.few_shot:
-        pool = np.arange(len(labels))
-    else:
-        pool = wrong if len(wrong) else confidence.argsort()[:n].numpy()
-    pool = rng.permutation(pool)
-    guides = pool[np.arange(n) % len(pool)]
-    plain_text, hard = curriculum(epoch, args.epochs)
-    guided = rng.random(n) >= plain_text
-    adversarial = guided & (rng.random(n) < hard)
-    plan = {"guide": guides.tolist(), "label": labels[guides].tolist()}
-    if args.random_generation:
-        guided = adversarial = np.zeros(n, bool)
-        plan["label"] = rng.integers(0, logits.shape[1], n).tolist()
-    centre = torch.full((n,), args.guidance_centre)
-    if args.few_shot:
-        centre = confidence_to_centre(confidence[guides], args.guidance_centre)
-    return plan | {
-        "guided": guided.tolist(),
-        "adversarial": adversarial.tolist(),
-        "centre": centre.tolist(),
-        "wrong": len(wrong),
-    }
+SAMPLER_ARGS = (
+    "prompt steps guidance_scale image_guidance attention_mask attention_resolution gradient_steps nu rho "
+    "contrastive_weight adversarial_weight adversarial_pixels"
+).split()
 
 
 def generate_epoch(args, run, accelerator, pipe, classifier, genval, class_names, plan, bank, epoch):
@@ -488,15 +517,6 @@ def generate_epoch(args, run, accelerator, pipe, classifier, genval, class_names
     return [torch.load(file, weights_only=True) for file in files]
 
 
-SAMPLER_ARGS = (
-    "prompt steps guidance_scale image_guidance attention_mask attention_resolution gradient_steps nu rho "
-    "contrastive_weight adversarial_weight"
-).split()
-
-# ----------------------------------------------------------------------------------------------------------
-# The run
-
-
 def equal_epochs(args: Args, real: int) -> int:
     """Epochs on `real` images alone that see as many images as args.epochs with active generation do."""
     half, held_out = args.epochs // 2, 0 if args.few_shot else args.genval_share * real
@@ -504,12 +524,12 @@ def equal_epochs(args: Args, real: int) -> int:
     return round((real * args.epochs - held_out * half + synthetic) / real)
 
 
-def train(args: Args, run: common.Run, accelerator, data: common.Data, pipe=None) -> dict:
+def train(args: Args, run: common.Run, accelerator, data: common.Data, pipe=None) -> tuple[dict, list[dict]]:
     """Trains a classifier, with a pipeline by active generation (section 4.1), else on the real images alone.
 
     With a pipeline, gen-val is held out of the real images until half time. The learning rate follows the
     epochs; within one it advances over as many batches as there are real ones: synthetic ones do not count.
-    Returns the final scores on each split, the number of synthetic images and the seconds spent.
+    Returns the final scores on each split, with the number of synthetic images and the seconds, and the log.
     """
     active = pipe is not None
     epochs = equal_epochs(args, len(data.train)) if args.equal_steps and not active else args.epochs
@@ -546,23 +566,12 @@ def train(args: Args, run: common.Run, accelerator, data: common.Data, pipe=None
             records.append(record)
             bank[y] = torch.cat([bank[y], latent[None]]) if y in bank else latent[None]
 
+    parts = {"model": classifier, "ema": ema, "optimizer": optimizer}
     progress = {"epoch": 0, "plan": None, "log": [], "generation": 0.0, "training": 0.0}
-    if state := run.load(checkpoint):
-        progress = state["progress"]
-        classifier.load_state_dict(state["model"])
-        ema.load_state_dict(state["ema"])
-        optimizer.load_state_dict(state["optimizer"])
-        for file in sorted((run.path / "latents").glob("*.pt")) if active else []:
-            if int(file.name[:4]) < progress["epoch"]:
-                add_synthetic(torch.load(file, weights_only=True))
-
-    def save() -> None:
-        state = {
-            "model": classifier.state_dict(),
-            "ema": ema.state_dict(),
-            "optimizer": optimizer.state_dict(),
-        }
-        run.save(checkpoint, {"progress": progress, **state})
+    progress = run.resume(checkpoint, progress, **parts)
+    for file in sorted((run.path / "latents").glob("*.pt")) if active else []:
+        if int(file.name[:4]) < progress["epoch"]:
+            add_synthetic(torch.load(file, weights_only=True))
 
     title, start = "ActGen" if active else "real only", progress["epoch"]
     bar = tqdm(range(start, epochs), title, initial=start, total=epochs, disable=not run.main)
@@ -586,9 +595,8 @@ def train(args: Args, run: common.Run, accelerator, data: common.Data, pipe=None
             )
             progress["training"] += time.time() - clock
             if (epoch + 1) % args.eval_every == 0 or epoch + 1 == epochs:
-                for split, images in common.evaluation_splits(data).items():
-                    score = common.scores(*common.predict(judge, images, accelerator, args.workers))
-                    line |= {split: score["top1"], f"{split}_scores": score}
+                line["scores"] = common.evaluate(judge, data, accelerator, args.workers)
+                line |= {split: score["top1"] for split, score in line["scores"].items()}
             progress["log"].append(line)
             bar.set_postfix({k: f"{v:.3f}" for k, v in line.items() if isinstance(v, float)})
 
@@ -599,7 +607,7 @@ def train(args: Args, run: common.Run, accelerator, data: common.Data, pipe=None
                     args, *common.predict(judge, genval, accelerator, args.workers), epoch
                 )
                 progress["log"][-1]["misclassified"] = progress["plan"]["wrong"]
-                save()
+                run.checkpoint(checkpoint, progress, **parts)
             judge.eval()
             for batch in generate_epoch(
                 args, run, accelerator, pipe, judge, genval, data.class_names, progress["plan"], bank, epoch
@@ -609,12 +617,9 @@ def train(args: Args, run: common.Run, accelerator, data: common.Data, pipe=None
             progress["generation"] += time.time() - clock
         progress |= {"epoch": epoch + 1, "plan": None}
         run.write_lines("metrics.jsonl" if active or args.real_only else "baseline.jsonl", progress["log"])
-        save()
-    final = {split: progress["log"][-1][f"{split}_scores"] for split in common.evaluation_splits(data)}
-    return final | {
-        "synthetic": len(synthetic),
-        **{k: progress[k] for k in ("generation", "training", "log")},
-    }
+        run.checkpoint(checkpoint, progress, **parts)
+    seconds = {key: progress[key] for key in ("generation", "training")}
+    return progress["log"][-1]["scores"] | {"synthetic": len(synthetic)} | seconds, progress["log"]
 
 
 def resolve(args: Args) -> Args:
@@ -633,20 +638,15 @@ def run_once(args: Args, accelerator) -> dict:
     if result := run.result():
         return result
     data = common.data_of(args)
-    result, pipe = {}, None
+    result, logs, pipe = {}, {}, None
     if not args.real_only:  # loaded first: a wrong id shows before the baseline is trained
         pipe = common.load_pipeline(args.diffusion, accelerator.device)
         common.checkpoint_gradients(pipe, args.gradient_checkpointing)
     if args.real_only or args.baseline:
-        result["real only"] = train(args, run, accelerator, data)
+        result["real only"], logs["real only"] = train(args, run, accelerator, data)
     if pipe is not None:
-        result["ActGen"] = train(args, run, accelerator, data, pipe)
-    if run.main:
-        logs = {name: r.pop("log") for name, r in result.items()}
-        common.save_curves(logs, run.path / "curves.png")
-        run.write_json("result.json", result)
-    accelerator.wait_for_everyone()
-    return result
+        result["ActGen"], logs["ActGen"] = train(args, run, accelerator, data, pipe)
+    return run.finish(result, logs)
 
 
 # The paper's ablation: every rung adds one part, all with as many synthetic images. The second rung is a

@@ -3,6 +3,9 @@
     python common.py                       train digits_sd, the embedded Stable Diffusion, again; resumable
     pytest -s tests/test_digits_sd.py      judge it: does it draw the digit, colour and setting asked for?
 
+In order: the digits world, data sets, classifiers, diffusion pipelines, training, evaluation, run folders,
+pictures, the command line, and digits_sd.
+
 Images are float [B, 3, H, W] in [0, 1] between functions; latents are scaled by the VAE's scaling factor.
 Random draws come from generators passed in, one per image, so that batch size never changes a result.
 """
@@ -246,22 +249,25 @@ def make_transforms(size: int, augment: str):
     """(training, evaluation) transforms from PIL to float [3, size, size] in [0, 1].
 
     augment: "digits" (shifts), "crop" (CIFAR: padded crop and flip), "resized" (ImageNet: random resized crop
-    and flip), "none".
+    and flip) or "none"; with "+randaugment" after it RandAugment (Cubuk et al. 2019) comes on top.
     """
     from torchvision.transforms import v2
 
     tensor = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True)]
     square = [v2.Resize(size), v2.CenterCrop(size)]
     pad = max(1, size // 8)
-    if augment not in ("digits", "crop", "resized", "none"):
-        raise UserError(f"unknown augment '{augment}'; choose one of: digits, crop, resized, none")
+    plain = augment.removesuffix("+randaugment")
+    if plain not in ("digits", "crop", "resized", "none"):
+        raise UserError(
+            f"unknown augment '{augment}'; choose one of: digits, crop, resized, none (or one +randaugment)"
+        )
     train = {
         "digits": [*square, v2.RandomCrop(size, padding=pad // 2, padding_mode="reflect")],
         "crop": [*square, v2.RandomCrop(size, padding=pad), v2.RandomHorizontalFlip()],
         "resized": [v2.RandomResizedCrop(size), v2.RandomHorizontalFlip()],
         "none": square,
-    }[augment]
-    margin = [v2.Resize(round(size / 0.875)), v2.CenterCrop(size)] if augment == "resized" else square
+    }[plain] + ([v2.RandAugment()] if augment != plain else [])
+    margin = [v2.Resize(round(size / 0.875)), v2.CenterCrop(size)] if plain == "resized" else square
     return v2.Compose(train + tensor), v2.Compose(margin + tensor)
 
 
@@ -461,7 +467,7 @@ def _torchvision(name: str, root: str, unlabelled: bool = False) -> Data:
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Classifiers and diffusion pipelines
+# Classifiers
 
 
 class SmallCNN(nn.Module):
@@ -516,6 +522,9 @@ class CLIPClassifier(nn.Module):
     def forward(self, x):
         x = F.interpolate(x, (self.size, self.size), mode="bicubic", antialias=True)
         return self.head(F.normalize(self.projection(self.vision(x).pooler_output), dim=1))
+
+
+CLIP_MEAN_STD = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 
 
 CLASSIFIERS = "small_cnn resnet18 resnet50 resnet152 wide_resnet50_2 vgg16 vit_s_16 vit_b_16 clip".split()
@@ -575,7 +584,18 @@ def split_head(classifier: nn.Module) -> tuple[nn.Module, nn.Linear]:
     return classifier, head
 
 
-CLIP_MEAN_STD = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+ORACLE_KEYS, ORACLE_HEADS = ["labels", "colours", "settings"], [10, 6, 3]
+
+
+def load_oracle(folder: Path = ROOT / "digits_sd") -> SmallCNN:
+    """The web pool's classifier: logits [B, 19] of 10 digits, 6 colours, 3 settings."""
+    oracle = SmallCNN(sum(ORACLE_HEADS), width=32)
+    oracle.load_state_dict(load_file(folder / "oracle" / "model.safetensors"))
+    return oracle.float().eval().requires_grad_(False)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Diffusion pipelines
 
 
 def from_pretrained(cls, model_id: str, **options):
@@ -652,7 +672,7 @@ def generator(*key: int) -> torch.Generator:
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Training and evaluation
+# Training
 
 
 def make_optimizer(name: str, model: nn.Module, lr: float, weight_decay: float) -> torch.optim.Optimizer:
@@ -695,12 +715,6 @@ def make_accelerator():
         mixed_precision="bf16" if torch.cuda.is_available() else "no",
         dataloader_config=DataLoaderConfiguration(split_batches=True),
     )
-
-
-def evaluation_splits(data: Data) -> dict[str, Images]:
-    """The splits a classifier is judged on: test, and where there are such test_ood and val."""
-    splits = {"test": data.test, "test_ood": data.test_ood, "val": data.val}
-    return {name: images for name, images in splits.items() if images is not None}
 
 
 def make_loader(
@@ -768,6 +782,10 @@ def share_buffers(accelerator, *models) -> None:
             torch.distributed.broadcast(buffer, 0)
 
 
+# ----------------------------------------------------------------------------------------------------------
+# Evaluation
+
+
 @torch.no_grad()
 def predict(model, images: Images, accelerator, workers: int = 0, batch_size: int = 64):
     """(logits [N, K], labels [N]) of all images, on the CPU, the same on every process of batch_size."""
@@ -778,6 +796,16 @@ def predict(model, images: Images, accelerator, workers: int = 0, batch_size: in
             logits = model(x)
         outputs.append([t.cpu() for t in accelerator.gather_for_metrics((logits.float(), y))])
     return tuple(torch.cat(parts) for parts in zip(*outputs, strict=True))
+
+
+def evaluate(model, data: Data, accelerator, workers: int = 0) -> dict[str, dict]:
+    """Scores of a classifier (its first head, if there are several) on test and, if any, test_ood and val."""
+    splits, judged = {"test": data.test, "test_ood": data.test_ood, "val": data.val}, {}
+    for name, images in splits.items():
+        if images is not None:
+            logits, labels = predict(model, images, accelerator, workers)
+            judged[name] = scores(logits if logits.ndim == 2 else logits[:, 0], labels)
+    return judged
 
 
 def scores(logits: torch.Tensor, labels: torch.Tensor) -> dict:
@@ -863,8 +891,263 @@ def confidence_interval(values) -> tuple[float, float]:
     )
 
 
+def interval_text(values, sign: str = "") -> str:
+    """Mean ± half-width of the 95 % interval; one value stands alone. sign "+": a plus before a gain."""
+    mean, half = confidence_interval(values)
+    return f"{mean:{sign}.1f}" + (f" ± {half:.1f}" if len(values) > 1 else "")
+
+
 # ----------------------------------------------------------------------------------------------------------
-# The command line and run folders
+# Run folders: checkpoints, images, records
+
+
+class Run:
+    """A run folder: config.json, metrics.jsonl, checkpoints, result.json. Only the main process writes."""
+
+    def __init__(self, path: str | Path, args, accelerator, free: tuple[str, ...] = ()):
+        """Opens or creates the folder. `free` names the arguments that may differ when a run goes on.
+
+        Raises UserError when the folder holds a run with other arguments or is in use by another process.
+        """
+        self.path, self.main = Path(path), accelerator.is_main_process
+        config = {k: v for k, v in vars(args).items()}
+        if self.main:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = open(self.path / ".lock", "w")
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise UserError(
+                    f"another process is running in {self.path}; wait for it or give another --out"
+                ) from None
+            if args.overwrite and (self.path / "config.json").exists():
+                for old in self.path.iterdir():
+                    if old.name != ".lock":
+                        shutil.rmtree(old) if old.is_dir() else old.unlink()
+            for sub in ("samples", "synthetic", "latents"):
+                (self.path / sub).mkdir(exist_ok=True)
+            if any(self.path.glob("*.pt")):
+                old = json.loads((self.path / "config.json").read_text())["args"]
+                free = {"out", "overwrite", "data_dir", *free}
+                differ = [k for k in config if k not in free and old.get(k) != config[k]]
+                if differ:
+                    k = differ[0]
+                    raise UserError(
+                        f"{self.path} holds a run with --{k} {old.get(k)}, this one has --{k} {config[k]}; "
+                        "give another --out, or --overwrite to start afresh"
+                    )
+            else:
+                self.write_json("config.json", {"args": config, "versions": versions()})
+        self.wait = accelerator.wait_for_everyone
+        self.wait()
+
+    def write_text(self, name: str, text: str) -> None:
+        if self.main:
+            write_whole(self.path / name, text)
+
+    def write_json(self, name: str, value) -> None:
+        self.write_text(name, json.dumps(value, indent=1))
+
+    def save(self, name: str, state: dict) -> None:
+        if self.main:
+            save_atomically(state, self.path / name)
+
+    def load(self, name: str) -> dict | None:
+        """The checkpoint `name` on the CPU, or None. Tensors and plain values only: nothing is unpickled."""
+        path = self.path / name
+        if not path.exists():
+            return None
+        try:
+            return torch.load(path, weights_only=True, map_location="cpu")
+        except Exception as error:
+            raise UserError(
+                f"cannot read {path} ({str(error)[:80]}); delete it or give --overwrite to start afresh"
+            ) from None
+
+    def checkpoint(self, name: str, progress: dict, **parts) -> None:
+        """Saves `progress`, plain values and tensors, and the states of `parts`: model, optimizer, ..."""
+        self.save(name, {"progress": progress} | {key: part.state_dict() for key, part in parts.items()})
+
+    def resume(self, name: str, progress: dict, **parts) -> dict:
+        """The progress that checkpoint() saved, the states of `parts` restored; without one `progress`."""
+        if (state := self.load(name)) is None:
+            return progress
+        for key, part in parts.items():
+            part.load_state_dict(state[key])
+        return state["progress"]
+
+    def write_lines(self, name: str, lines: list[dict]) -> None:
+        """Writes JSON lines (metrics.jsonl, metadata.jsonl)."""
+        self.write_text(name, "".join(json.dumps(line) + "\n" for line in lines))
+
+    def result(self) -> dict | None:
+        """The result of a finished run, which is said, else None."""
+        path = self.path / "result.json"
+        if not path.exists():
+            return None
+        if self.main:
+            print(f"{self.path} is finished; --overwrite starts it afresh")
+        return json.loads(path.read_text())
+
+    def finish(self, result: dict, logs: dict[str, list[dict]]) -> dict:
+        """Draws the logs' curves and writes the result, with which the run is finished; returns it."""
+        if self.main:
+            save_curves(logs, self.path / "curves.png")
+        self.write_json("result.json", result)
+        self.wait()
+        return result
+
+
+def versions() -> dict[str, str]:
+    """Python and the libraries a result depends on."""
+    from importlib.metadata import version
+
+    names = ["torch", "torchvision", "diffusers", "transformers", "accelerate", "numpy"]
+    return {"python": sys.version.split()[0], **{n: version(n) for n in names}}
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a text file, whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def save_atomically(state: dict, path: Path) -> None:
+    """torch.save to a temporary file beside `path`, then rename: a reader sees the old file or the new."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as f:
+        torch.save(state, f)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(temporary, path)
+
+
+def class_folders(class_names: list[str]) -> list[str]:
+    """A folder name for each class: its name without what file systems refuse, cut at 100 characters."""
+    folders = []
+    for name in class_names:
+        clean = re.sub(r"[^\w .()'-]", "_", name).encode()[:100].decode(errors="ignore").strip(" .") or "_"
+        folder, i = clean, 1
+        while folder.lower() in {f.lower() for f in folders}:
+            folder, i = f"{clean} {i}", i + 1
+        folders.append(folder)
+    return folders
+
+
+def read_records(folder: Path, class_names: list[str]) -> list[dict]:
+    """The metadata of a run's synthetic images: dicts, one per image. Raises UserError if there are none, or
+    some of other classes.
+    """
+    try:
+        lines = (folder / "metadata.jsonl").read_text().splitlines()
+        records = [r for r in map(json.loads, lines) if (folder / r["file_name"]).exists()]
+        strange = [r["class_name"] for r in records if r["class_name"] not in class_names[r["label"] :][:1]]
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"--synthetic: no images with metadata in {folder} ({error})") from None
+    if strange or not records:
+        problem = f"of another data set, of the class '{strange[0]}'" if strange else "missing"
+        raise UserError(f"--synthetic: the images in {folder} are {problem}")
+    return records
+
+
+def keep_small(path: Path, size: int):
+    """A synthetic image as a training source: up to 64 pixels in memory at that size, else its path."""
+    if size > 64:
+        return path
+    image = open_image(path)
+    return image if image.size == (size, size) else image.resize((size, size), Image.Resampling.LANCZOS)
+
+
+def save_png(image: torch.Tensor, path: Path) -> None:
+    """[3, H, W] in [0, 1] to a PNG file, whole or not at all, its folder made if need be."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    to_pil(image).save(temporary, format="PNG")
+    os.replace(temporary, path)
+
+
+def to_pil(image: torch.Tensor) -> Image.Image:
+    """[3, H, W] in [0, 1] -> PIL, by rounding."""
+    return Image.fromarray((image.detach().float().cpu() * 255).round().byte().permute(1, 2, 0).numpy())
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Pictures
+
+
+def save_grid(rows: torch.Tensor, path: Path, columns: int, scale: int = 1) -> None:
+    """Images [N, 3, H, W] in [0, 1] as one PNG of `columns` columns, each pixel enlarged `scale` times."""
+    from torchvision.utils import make_grid
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    grid = make_grid(F.interpolate(rows.float().cpu(), scale_factor=scale), nrow=columns, pad_value=1.0)
+    to_pil(grid.clamp(0, 1)).save(path)
+
+
+def save_captioned(images: list, captions: list[str], path: Path, columns: int) -> None:
+    """A grid of PIL images (or files), each above its caption."""
+    from matplotlib.figure import Figure
+
+    rows = math.ceil(len(images) / columns)
+    figure = Figure(figsize=(1.9 * columns, 2.2 * rows), layout="constrained")
+    for axes in figure.subplots(rows, columns, squeeze=False).flat:
+        axes.axis("off")
+    for axes, image, caption in zip(figure.axes, images, captions, strict=False):
+        axes.imshow(np.asarray(open_image(image)))
+        text = "\n".join(textwrap.wrap(caption, 24))
+        axes.set_title(text, y=-0.08, verticalalignment="top", fontsize=7, parse_math=False)
+    figure.savefig(path, dpi=110)
+
+
+def save_reliability(
+    series: dict[str, tuple[torch.Tensor, torch.Tensor]], path: Path, bins: int = 10
+) -> None:
+    """A reliability diagram of (logits [N, K], labels [N]) per name: accuracy over confidence, in bins."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4, 4), layout="constrained")
+    axes = figure.subplots()
+    axes.plot([0, 1], [0, 1], "k:")
+    for name, (logits, labels) in series.items():
+        confidence, label = logits.softmax(1).max(1)
+        bin_of = (confidence * bins).long().clamp(max=bins - 1)
+        used = [b for b in range(bins) if (bin_of == b).any()]
+        x = [confidence[bin_of == b].mean().item() for b in used]
+        y = [(label == labels)[bin_of == b].float().mean().item() for b in used]
+        axes.plot(x, y, "o-", label=f"{name}, ECE {scores(logits, labels)['ece']:.3f}")
+    axes.set(xlabel="confidence", ylabel="accuracy", xlim=(0, 1), ylim=(0, 1))
+    axes.legend()
+    figure.savefig(path, dpi=110)
+
+
+def save_curves(series: dict[str, list[dict]], path: Path) -> None:
+    """Accuracy, loss and, where there are pseudo-labels, their quality over epochs; a colour per series."""
+    from matplotlib.figure import Figure
+
+    tested = any("test" in line for lines in series.values() for line in lines)
+    panels = {
+        "accuracy (%)": {"test": "-", "test_ood": "--"} if tested else {"val": "-"},
+        "training loss": {"loss": "-"},
+        "pseudo-labels (%)": {"labelled": "-", "label_accuracy": "--", "seed_accuracy": ":"},
+    }
+    if not any("labelled" in line for lines in series.values() for line in lines):
+        del panels["pseudo-labels (%)"]
+    figure = Figure(figsize=(5 * len(panels), 3.6), layout="constrained")
+    for axes, (title, keys) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
+        for i, (name, lines) in enumerate(series.items()):
+            for key, style in keys.items():
+                points = [(line["epoch"], line[key]) for line in lines if key in line]
+                if points:
+                    x, y = np.array(points).T
+                    axes.plot(x, y * (100 if "%" in title else 1), f"C{i}{style}", label=f"{name}, {key}")
+        axes.set(xlabel="epoch", ylabel=title, yscale="log" if "loss" in title else "linear")
+        axes.legend(fontsize="small")
+    figure.savefig(path, dpi=110)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The command line: one run, or the ladder
 
 
 @dataclass
@@ -894,7 +1177,9 @@ class RunArgs:
     pretrained: bool | None = HfArg(default=None, help="ImageNet weights (recipe)")
     clip: str = HfArg(default="openai/clip-vit-base-patch32", help="the CLIP model, where one is used")
     image_size: int | None = HfArg(default=None, help="the classifier's pixels (recipe)")
-    augment: str | None = HfArg(default=None, help="digits, crop, resized or none (recipe)")
+    augment: str | None = HfArg(
+        default=None, help="digits, crop, resized or none, also ...+randaugment (recipe)"
+    )
     epochs: int | None = HfArg(default=None, help="epochs (recipe)")
     batch_size: int | None = HfArg(default=None, help="training batch, all GPUs (recipe)")
     optimizer: str | None = HfArg(default=None, help="sgd, adam or adamw (recipe)")
@@ -982,6 +1267,10 @@ def report(result: dict[str, dict], out: str) -> None:
     print(f"{images} images generated in {generation:.0f} s, {training:.0f} s of training; {out}")
 
 
+def _file_name(rung: str) -> str:
+    return re.sub("[^a-zA-Z0-9]+", "-", rung).strip("-")
+
+
 def run_ladder(args: RunArgs, accelerator, rungs: dict[str, dict], run_once) -> None:
     """run_once(args, accelerator) for every rung (name: changed arguments) and seed, skipping finished runs.
 
@@ -1002,222 +1291,6 @@ def run_ladder(args: RunArgs, accelerator, rungs: dict[str, dict], run_once) -> 
                 distances.setdefault(name, {}).setdefault(rung, []).append(value)
     if accelerator.is_main_process:
         save_ladder(top1, Path(args.out), distances)
-
-
-def run_method(args: RunArgs, rungs: dict[str, dict], run_once) -> None:
-    """A method's main: the ladder, its baselines being rungs of their own, or one run and its report."""
-    accelerator = make_accelerator()
-    if args.ladder:
-        run_ladder(dataclasses.replace(args, baseline=False), accelerator, rungs, run_once)
-        return
-    result = run_once(args, accelerator)
-    if accelerator.is_main_process:
-        report(result, args.out)
-
-
-def _file_name(rung: str) -> str:
-    return re.sub("[^a-zA-Z0-9]+", "-", rung).strip("-")
-
-
-class Run:
-    """A run folder: config.json, metrics.jsonl, checkpoints, result.json. Only the main process writes."""
-
-    def __init__(self, path: str | Path, args, accelerator, free: tuple[str, ...] = ()):
-        """Opens or creates the folder. `free` names the arguments that may differ when a run goes on.
-
-        Raises UserError when the folder holds a run with other arguments or is in use by another process.
-        """
-        self.path, self.main = Path(path), accelerator.is_main_process
-        config = {k: v for k, v in vars(args).items()}
-        if self.main:
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = open(self.path / ".lock", "w")
-            try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise UserError(
-                    f"another process is running in {self.path}; wait for it or give another --out"
-                ) from None
-            if args.overwrite and (self.path / "config.json").exists():
-                for old in self.path.iterdir():
-                    if old.name != ".lock":
-                        shutil.rmtree(old) if old.is_dir() else old.unlink()
-            for sub in ("samples", "synthetic", "latents"):
-                (self.path / sub).mkdir(exist_ok=True)
-            if any(self.path.glob("*.pt")):
-                old = json.loads((self.path / "config.json").read_text())["args"]
-                free = {"out", "overwrite", "data_dir", *free}
-                differ = [k for k in config if k not in free and old.get(k) != config[k]]
-                if differ:
-                    k = differ[0]
-                    raise UserError(
-                        f"{self.path} holds a run with --{k} {old.get(k)}, this one has --{k} {config[k]}; "
-                        "give another --out, or --overwrite to start afresh"
-                    )
-            else:
-                self.write_json("config.json", {"args": config, "versions": versions()})
-        accelerator.wait_for_everyone()
-
-    def write_text(self, name: str, text: str) -> None:
-        if self.main:
-            write_whole(self.path / name, text)
-
-    def write_json(self, name: str, value) -> None:
-        self.write_text(name, json.dumps(value, indent=1))
-
-    def save(self, name: str, state: dict) -> None:
-        if self.main:
-            save_atomically(state, self.path / name)
-
-    def load(self, name: str) -> dict | None:
-        """The checkpoint `name` on the CPU, or None. Tensors and plain values only: nothing is unpickled."""
-        path = self.path / name
-        if not path.exists():
-            return None
-        try:
-            return torch.load(path, weights_only=True, map_location="cpu")
-        except Exception as error:
-            raise UserError(
-                f"cannot read {path} ({str(error)[:80]}); delete it or give --overwrite to start afresh"
-            ) from None
-
-    def write_lines(self, name: str, lines: list[dict]) -> None:
-        """Writes JSON lines (metrics.jsonl, metadata.jsonl)."""
-        self.write_text(name, "".join(json.dumps(line) + "\n" for line in lines))
-
-    def result(self) -> dict | None:
-        """The result of a finished run, which is said, else None."""
-        path = self.path / "result.json"
-        if not path.exists():
-            return None
-        if self.main:
-            print(f"{self.path} is finished; --overwrite starts it afresh")
-        return json.loads(path.read_text())
-
-
-def versions() -> dict[str, str]:
-    """Python and the libraries a result depends on."""
-    from importlib.metadata import version
-
-    names = ["torch", "torchvision", "diffusers", "transformers", "accelerate", "numpy"]
-    return {"python": sys.version.split()[0], **{n: version(n) for n in names}}
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Writes a text file, whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
-
-
-def save_atomically(state: dict, path: Path) -> None:
-    """torch.save to a temporary file beside `path`, then rename: a reader sees the old file or the new."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as f:
-        torch.save(state, f)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(temporary, path)
-
-
-def class_folders(class_names: list[str]) -> list[str]:
-    """A folder name for each class: its name without what file systems refuse, cut at 100 characters."""
-    folders = []
-    for name in class_names:
-        clean = re.sub(r"[^\w .()'-]", "_", name).encode()[:100].decode(errors="ignore").strip(" .") or "_"
-        folder, i = clean, 1
-        while folder.lower() in {f.lower() for f in folders}:
-            folder, i = f"{clean} {i}", i + 1
-        folders.append(folder)
-    return folders
-
-
-def read_records(folder: Path, class_names: list[str]) -> list[dict]:
-    """The metadata of a run's synthetic images: dicts, one per image. Raises UserError if there are none, or
-    some of other classes.
-    """
-    try:
-        lines = (folder / "metadata.jsonl").read_text().splitlines()
-        records = [r for r in map(json.loads, lines) if (folder / r["file_name"]).exists()]
-        strange = [r["class_name"] for r in records if r["class_name"] not in class_names[r["label"] :][:1]]
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"--synthetic: no images with metadata in {folder} ({error})") from None
-    if strange or not records:
-        problem = f"of another data set, of the class '{strange[0]}'" if strange else "missing"
-        raise UserError(f"--synthetic: the images in {folder} are {problem}")
-    return records
-
-
-def keep_small(path: Path, size: int):
-    """A synthetic image as a training source: up to 64 pixels in memory at that size, else its path."""
-    if size > 64:
-        return path
-    image = open_image(path)
-    return image if image.size == (size, size) else image.resize((size, size), Image.Resampling.LANCZOS)
-
-
-def save_png(image: torch.Tensor, path: Path) -> None:
-    """[3, H, W] in [0, 1] to a PNG file, whole or not at all, its folder made if need be."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    to_pil(image).save(temporary, format="PNG")
-    os.replace(temporary, path)
-
-
-def to_pil(image: torch.Tensor) -> Image.Image:
-    """[3, H, W] in [0, 1] -> PIL, by rounding."""
-    return Image.fromarray((image.detach().float().cpu() * 255).round().byte().permute(1, 2, 0).numpy())
-
-
-def save_grid(rows: torch.Tensor, path: Path, columns: int, scale: int = 1) -> None:
-    """Images [N, 3, H, W] in [0, 1] as one PNG of `columns` columns, each pixel enlarged `scale` times."""
-    from torchvision.utils import make_grid
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    grid = make_grid(F.interpolate(rows.float().cpu(), scale_factor=scale), nrow=columns, pad_value=1.0)
-    to_pil(grid.clamp(0, 1)).save(path)
-
-
-def save_captioned(images: list, captions: list[str], path: Path, columns: int) -> None:
-    """A grid of PIL images (or files), each above its caption."""
-    from matplotlib.figure import Figure
-
-    rows = math.ceil(len(images) / columns)
-    figure = Figure(figsize=(1.9 * columns, 2.2 * rows), layout="constrained")
-    for axes in figure.subplots(rows, columns, squeeze=False).flat:
-        axes.axis("off")
-    for axes, image, caption in zip(figure.axes, images, captions, strict=False):
-        axes.imshow(np.asarray(open_image(image)))
-        text = "\n".join(textwrap.wrap(caption, 24))
-        axes.set_title(text, y=-0.08, verticalalignment="top", fontsize=7, parse_math=False)
-    figure.savefig(path, dpi=110)
-
-
-def save_reliability(
-    series: dict[str, tuple[torch.Tensor, torch.Tensor]], path: Path, bins: int = 10
-) -> None:
-    """A reliability diagram of (logits [N, K], labels [N]) per name: accuracy over confidence, in bins."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(4, 4), layout="constrained")
-    axes = figure.subplots()
-    axes.plot([0, 1], [0, 1], "k:")
-    for name, (logits, labels) in series.items():
-        confidence, label = logits.softmax(1).max(1)
-        bin_of = (confidence * bins).long().clamp(max=bins - 1)
-        used = [b for b in range(bins) if (bin_of == b).any()]
-        x = [confidence[bin_of == b].mean().item() for b in used]
-        y = [(label == labels)[bin_of == b].float().mean().item() for b in used]
-        axes.plot(x, y, "o-", label=f"{name}, ECE {scores(logits, labels)['ece']:.3f}")
-    axes.set(xlabel="confidence", ylabel="accuracy", xlim=(0, 1), ylim=(0, 1))
-    axes.legend()
-    figure.savefig(path, dpi=110)
-
-
-def interval_text(values, sign: str = "") -> str:
-    """Mean ± half-width of the 95 % interval; one value stands alone. sign "+": a plus before a gain."""
-    mean, half = confidence_interval(values)
-    return f"{mean:{sign}.1f}" + (f" ± {half:.1f}" if len(values) > 1 else "")
 
 
 def save_ladder(top1: dict, folder: Path, distances: dict | None = None) -> None:
@@ -1249,29 +1322,15 @@ def save_ladder(top1: dict, folder: Path, distances: dict | None = None) -> None
     print(table)
 
 
-def save_curves(series: dict[str, list[dict]], path: Path) -> None:
-    """Accuracy, loss and, where there are pseudo-labels, their quality over epochs; a colour per series."""
-    from matplotlib.figure import Figure
-
-    tested = any("test" in line for lines in series.values() for line in lines)
-    panels = {
-        "accuracy (%)": {"test": "-", "test_ood": "--"} if tested else {"val": "-"},
-        "training loss": {"loss": "-"},
-        "pseudo-labels (%)": {"labelled": "-", "label_accuracy": "--", "seed_accuracy": ":"},
-    }
-    if not any("labelled" in line for lines in series.values() for line in lines):
-        del panels["pseudo-labels (%)"]
-    figure = Figure(figsize=(5 * len(panels), 3.6), layout="constrained")
-    for axes, (title, keys) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
-        for i, (name, lines) in enumerate(series.items()):
-            for key, style in keys.items():
-                points = [(line["epoch"], line[key]) for line in lines if key in line]
-                if points:
-                    x, y = np.array(points).T
-                    axes.plot(x, y * (100 if "%" in title else 1), f"C{i}{style}", label=f"{name}, {key}")
-        axes.set(xlabel="epoch", ylabel=title, yscale="log" if "loss" in title else "linear")
-        axes.legend(fontsize="small")
-    figure.savefig(path, dpi=110)
+def run_method(args: RunArgs, rungs: dict[str, dict], run_once) -> None:
+    """A method's main: the ladder, its baselines being rungs of their own, or one run and its report."""
+    accelerator = make_accelerator()
+    if args.ladder:
+        run_ladder(dataclasses.replace(args, baseline=False), accelerator, rungs, run_once)
+        return
+    result = run_once(args, accelerator)
+    if accelerator.is_main_process:
+        report(result, args.out)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1517,16 +1576,6 @@ def save_digits_sd(pipe, ema: nn.ModuleDict, oracle: nn.Module, folder: Path) ->
     half.save_pretrained(folder)
     (folder / "oracle").mkdir(exist_ok=True)
     save_file(copy.deepcopy(oracle).half().state_dict(), folder / "oracle" / "model.safetensors")
-
-
-ORACLE_KEYS, ORACLE_HEADS = ["labels", "colours", "settings"], [10, 6, 3]
-
-
-def load_oracle(folder: Path = ROOT / "digits_sd") -> SmallCNN:
-    """The web pool's classifier: logits [B, 19] of 10 digits, 6 colours, 3 settings."""
-    oracle = SmallCNN(sum(ORACLE_HEADS), width=32)
-    oracle.load_state_dict(load_file(folder / "oracle" / "model.safetensors"))
-    return oracle.float().eval().requires_grad_(False)
 
 
 def save_digits_sheet(path: Path) -> None:

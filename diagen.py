@@ -15,7 +15,7 @@ and weights it is DA-Fusion (Trabucco et al., ICLR 2024, 2302.07944), without le
 Paper to code:
     3.1 Textual Inversion, embedding noise          textual_inversion, noisy_embeddings
     3.2 class-specific prompts                      write_prompt, ask_llm, parse_answer, read_prompts
-        generation by img2img                       generate
+        generation by img2img                       img2img
     3.3 weighting                                   fit_temperature, confidences, weights_of
         training of the downstream classifier       draw_epoch, train
 """
@@ -218,9 +218,10 @@ def textual_inversion(
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            bar.set_postfix(loss=f"{loss.item() / T:.4f}", refresh=False)
-            if not rows.isfinite().all():
-                raise common.UserError("Textual Inversion gives no numbers; lower --inversion_lr")
+            if (step + 1) % 10 == 0 or step + 1 == steps:  # not always: a GPU would have to wait for it
+                bar.set_postfix(loss=f"{loss.item() / T:.4f}", refresh=False)
+                if not rows.isfinite().all():
+                    raise common.UserError("Textual Inversion gives no numbers; lower --inversion_lr")
             if save and ((step + 1) % save_every == 0 or step + 1 == steps):
                 save({"step": step + 1, "rows": rows.data, "optimizer": optimizer.state_dict()})
     return rows.detach()
@@ -365,33 +366,49 @@ def read_prompts(path: Path, class_names: list[str]) -> dict[str, list[str]]:
 
 
 # ----------------------------------------------------------------------------------------------------------
-# 3.3 Weighting: a filter classifier, its temperature, and the weights of synthetic images
+# Generation by img2img (SDEdit, Meng et al. 2022)
 
 
-def fit_temperature(logits: torch.Tensor, labels: torch.Tensor) -> float:
-    """The T > 0 that minimises the negative log-likelihood of logits / T (Guo et al. 2017), by LBFGS."""
-    log_t = torch.zeros((), requires_grad=True)
-    optimizer = torch.optim.LBFGS([log_t], lr=0.1, max_iter=100, line_search_fn="strong_wolfe")
+def stock_img2img(pipe, steps: int, strength: float):
+    """The stock pipeline of pipe's parts, with DDIM. Raises UserError if no valid step is left."""
+    from diffusers import DDIMScheduler, StableDiffusionImg2ImgPipeline
 
-    def closure():
-        optimizer.zero_grad()
-        loss = F.cross_entropy(logits.detach() / log_t.exp(), labels)
-        loss.backward()
-        return loss
+    scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    impossible = common.UserError(f"--steps {steps} at --strength {strength} leaves no valid step")
+    if not 1 <= int(steps * strength) <= steps <= scheduler.config.num_train_timesteps:
+        raise impossible
+    scheduler.set_timesteps(steps)
+    if scheduler.timesteps[-int(steps * strength)] >= scheduler.config.num_train_timesteps:  # SD's offset
+        raise impossible
+    stock = StableDiffusionImg2ImgPipeline(**pipe.components, requires_safety_checker=False)
+    stock.scheduler = scheduler
+    stock.set_progress_bar_config(disable=True)
+    return stock
 
-    optimizer.step(closure)
-    found = F.cross_entropy(logits / log_t.detach().exp(), labels)
-    return float(log_t.detach().exp()) if found <= F.cross_entropy(logits, labels) else 1.0
 
+def img2img(
+    pipe,
+    latents,
+    prompts: list[str],
+    generators,
+    *,
+    steps: int = 50,
+    strength: float = 0.7,
+    guidance_scale=15.0,
+) -> torch.Tensor:
+    """Variations [B, 3, H, W] in [0, 1] of images given as scaled latents [B, 4, h, w] (SDEdit), one batch.
 
-def weights_of(confidence: torch.Tensor) -> torch.Tensor:
-    """w(q) = min(1, 2 q) of [N, M] confidences, normalised over the M images of each real one.
-
-    Where all M are zero they are equal.
+    Stock img2img with DDIM; a prompt and a CPU generator per image.
     """
-    w = (2 * confidence).clamp(max=1)
-    w = torch.where(w.sum(1, keepdim=True) > 0, w, torch.ones_like(w))
-    return w / w.sum(1, keepdim=True)
+    stock = stock_img2img(pipe, steps, strength)
+    return stock(
+        prompts, latents, strength=strength, num_inference_steps=steps, guidance_scale=guidance_scale,
+        generator=generators, output_type="pt",
+    ).images.float()  # fmt: skip
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 3.3 Weighting: a filter classifier, its temperature, the weights of synthetic images, and draws by weight
 
 
 class Probe(nn.Module):
@@ -418,6 +435,71 @@ def new_classifier(args, class_names: list[str]) -> nn.Module:
     return Probe(classifier) if args.frozen else classifier
 
 
+def fit_temperature(logits: torch.Tensor, labels: torch.Tensor) -> float:
+    """The T > 0 that minimises the negative log-likelihood of logits / T (Guo et al. 2017), by LBFGS."""
+    log_t = torch.zeros((), requires_grad=True)
+    optimizer = torch.optim.LBFGS([log_t], lr=0.1, max_iter=100, line_search_fn="strong_wolfe")
+
+    def closure():
+        optimizer.zero_grad()
+        loss = F.cross_entropy(logits.detach() / log_t.exp(), labels)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    found = F.cross_entropy(logits / log_t.detach().exp(), labels)
+    return float(log_t.detach().exp()) if found <= F.cross_entropy(logits, labels) else 1.0
+
+
+def confidences(args: Args, accelerator, data: common.Data, images: common.Images, views: int = 5):
+    """Each image's confidence q [N] in its label, averaged over augmented views, by the filter classifier.
+
+    The filter trains on the real images with RandAugment until its validation loss has not fallen for five
+    epochs; its best weights count; its temperature is fitted on validation. Also returns that temperature and
+    the logits and labels of the validation split.
+    """
+    torch.manual_seed(args.seed)
+    net = new_classifier(args, data.class_names)
+    optimizer = common.make_optimizer("adam", net, args.lr, 1e-2)
+    model, optimizer = accelerator.prepare(net, optimizer)
+    plain = args.augment.removesuffix("+randaugment")
+    standard, strong = (
+        common.make_transforms(args.image_size, augment)[0] for augment in (plain, f"{plain}+randaugment")
+    )
+    real = data.train.subset(range(len(data.train)), strong)
+    best, losses = None, []
+    quiet = not accelerator.is_main_process
+    for epoch in tqdm(range(args.filter_epochs), "filter classifier", disable=quiet):
+        common.seed_everything(args.seed, 10**6 + epoch)
+        rng = np.random.default_rng([args.seed, 10**6 + epoch])
+        drawn = draw_epoch(real.labels, 1, None, args.iterations * args.batch_size, 0.0, rng)
+        loader = common.make_loader(real.subset(drawn), args.batch_size, accelerator, workers=args.workers)
+        common.train_epoch(model, loader, optimizer, lambda _: args.lr, accelerator)
+        logits, labels = common.predict(model, data.val, accelerator, args.workers)
+        losses.append(F.cross_entropy(logits, labels).item())
+        if losses[-1] == min(losses):
+            best, val = {k: v.clone() for k, v in net.state_dict().items()}, (logits, labels)
+        elif losses.index(min(losses)) < epoch - 4:
+            break
+    net.load_state_dict(best)
+    temperature = fit_temperature(*val)
+    common.seed_everything(args.seed, 2 * 10**6)
+    viewed, labels = images.subset(range(len(images)), standard), torch.tensor(images.labels)
+    logits = [common.predict(model, viewed, accelerator, args.workers)[0] for _ in range(views)]
+    q = (torch.stack(logits) / temperature).softmax(2).mean(0)[torch.arange(len(labels)), labels]
+    return q, temperature, val
+
+
+def weights_of(confidence: torch.Tensor) -> torch.Tensor:
+    """w(q) = min(1, 2 q) of [N, M] confidences, normalised over the M images of each real one.
+
+    Where all M are zero they are equal.
+    """
+    w = (2 * confidence).clamp(max=1)
+    w = torch.where(w.sum(1, keepdim=True) > 0, w, torch.ones_like(w))
+    return w / w.sum(1, keepdim=True)
+
+
 def draw_epoch(labels, variations: int, weights, count: int, probability: float, rng) -> np.ndarray:
     """`count` draws of an epoch: indices into N real images followed by their N * M synthetic ones.
 
@@ -432,63 +514,6 @@ def draw_epoch(labels, variations: int, weights, count: int, probability: float,
             if rng.random() < probability:
                 drawn[j] = len(labels) + i * variations + rng.choice(variations, p=weights[i])
     return np.array(drawn)
-
-
-@dataclass
-class Synthetic:
-    """The M variations of each of N real images, in order: images (N * M), weights [N, M], their records."""
-
-    images: common.Images
-    weights: np.ndarray
-    records: list[dict]
-
-
-def train(args, run, accelerator, data, synthetic: Synthetic | None, files: tuple[str, str], title: str):
-    """Trains a classifier; the epoch that is best on the validation split counts. Returns scores and log.
-
-    files: of the checkpoint and of the metrics.
-    """
-    torch.manual_seed(args.seed)
-    net = new_classifier(args, data.class_names)
-    optimizer = common.make_optimizer(args.optimizer, net, args.lr, args.weight_decay)
-    model, optimizer = accelerator.prepare(net, optimizer)
-    real, val = data.train, data.val
-    images = real + synthetic.images if synthetic else real
-    progress = {"epoch": 0, "log": [], "training": 0.0, "best": None}
-    if state := run.load(files[0]):
-        progress = state["progress"]
-        net.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-    start = progress["epoch"]
-    bar = tqdm(range(start, args.epochs), title, initial=start, total=args.epochs, disable=not run.main)
-    for epoch in bar:
-        clock = time.time()
-        common.seed_everything(args.seed, epoch)
-        drawn = draw_epoch(
-            real.labels, args.variations, synthetic and synthetic.weights, args.iterations * args.batch_size,
-            args.synthetic_probability, np.random.default_rng([args.seed, epoch]),
-        )  # fmt: skip
-        loader = common.make_loader(images.subset(drawn), args.batch_size, accelerator, workers=args.workers)
-        line = {"epoch": epoch + 1, "synthetic_share": float((drawn >= len(real)).mean())}
-        line |= common.train_epoch(model, loader, optimizer, lambda _: args.lr, accelerator)
-        progress["training"] += time.time() - clock
-        score = common.scores(*common.predict(model, val, accelerator, args.workers))
-        line |= {"val": score["top1"], "val_nll": score["nll"]}
-        if progress["best"] is None or score["top1"] > progress["best"]["val"]["top1"]:
-            weights = {k: v.clone() for k, v in net.state_dict().items()}
-            progress["best"] = {"val": score, "epoch": epoch + 1, "weights": weights}
-        progress["log"].append(line)
-        bar.set_postfix({k: f"{v:.3f}" for k, v in line.items() if isinstance(v, float)})
-        progress["epoch"] = epoch + 1
-        run.write_lines(files[1], progress["log"])
-        state = {"model": net.state_dict(), "optimizer": optimizer.state_dict()}
-        run.save(files[0], {"progress": progress, **state})
-    best = progress["best"]
-    net.load_state_dict(best.pop("weights"))
-    for split, split_images in common.evaluation_splits(data).items():
-        if split != "val":
-            best[split] = common.scores(*common.predict(model, split_images, accelerator, args.workers))
-    return best | {"training": progress["training"]}, progress["log"]
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -572,44 +597,6 @@ def find_prompts(args: Args, run: common.Run, accelerator, data: common.Data) ->
     return read_prompts(path, names)
 
 
-def stock_img2img(pipe, steps: int, strength: float):
-    """The stock pipeline of pipe's parts, with DDIM. Raises UserError if no valid step is left."""
-    from diffusers import DDIMScheduler, StableDiffusionImg2ImgPipeline
-
-    scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
-    impossible = common.UserError(f"--steps {steps} at --strength {strength} leaves no valid step")
-    if not 1 <= int(steps * strength) <= steps <= scheduler.config.num_train_timesteps:
-        raise impossible
-    scheduler.set_timesteps(steps)
-    if scheduler.timesteps[-int(steps * strength)] >= scheduler.config.num_train_timesteps:  # SD's offset
-        raise impossible
-    stock = StableDiffusionImg2ImgPipeline(**pipe.components, requires_safety_checker=False)
-    stock.scheduler = scheduler
-    stock.set_progress_bar_config(disable=True)
-    return stock
-
-
-def img2img(
-    pipe,
-    latents,
-    prompts: list[str],
-    generators,
-    *,
-    steps: int = 50,
-    strength: float = 0.7,
-    guidance_scale=15.0,
-) -> torch.Tensor:
-    """Variations [B, 3, H, W] in [0, 1] of images given as scaled latents [B, 4, h, w] (SDEdit), one batch.
-
-    Stock img2img with DDIM; a prompt and a CPU generator per image.
-    """
-    stock = stock_img2img(pipe, steps, strength)
-    return stock(
-        prompts, latents, strength=strength, num_inference_steps=steps, guidance_scale=guidance_scale,
-        generator=generators, output_type="pt",
-    ).images.float()  # fmt: skip
-
-
 def generate(args: Args, run, accelerator, pipe, data: common.Data, rows, prompts, folder: Path):
     """M img2img variations of every real image, as files in `folder`; returns their records, and the seconds.
 
@@ -667,81 +654,6 @@ def generate(args: Args, run, accelerator, pipe, data: common.Data, rows, prompt
     return records, seconds
 
 
-def confidences(args: Args, run, accelerator, data: common.Data, images: common.Images, views: int = 5):
-    """Each image's confidence q [N] in its label, averaged over augmented views, by the filter classifier.
-
-    The filter trains on the real images with RandAugment until its validation loss has not fallen for five
-    epochs; its best weights count; its temperature is fitted on validation. Also returns what to report.
-    """
-    if state := run.load("filter.pt"):
-        return state["confidence"], state["report"]
-    from torchvision.transforms import v2
-
-    torch.manual_seed(args.seed)
-    net = new_classifier(args, data.class_names)
-    optimizer = common.make_optimizer("adam", net, args.lr, 1e-2)
-    model, optimizer = accelerator.prepare(net, optimizer)
-    standard, _ = common.make_transforms(args.image_size, args.augment)
-    *pixels, to_image, to_float = standard.transforms
-    real = data.train.subset(
-        range(len(data.train)), v2.Compose([*pixels, v2.RandAugment(), to_image, to_float])
-    )
-    best, losses = None, []
-    for epoch in tqdm(range(args.filter_epochs), "filter classifier", disable=not run.main):
-        common.seed_everything(args.seed, 10**6 + epoch)
-        rng = np.random.default_rng([args.seed, 10**6 + epoch])
-        drawn = draw_epoch(real.labels, 1, None, args.iterations * args.batch_size, 0.0, rng)
-        loader = common.make_loader(real.subset(drawn), args.batch_size, accelerator, workers=args.workers)
-        common.train_epoch(model, loader, optimizer, lambda _: args.lr, accelerator)
-        logits, labels = common.predict(model, data.val, accelerator, args.workers)
-        losses.append(F.cross_entropy(logits, labels).item())
-        if losses[-1] == min(losses):
-            best, val = {k: v.clone() for k, v in net.state_dict().items()}, (logits, labels)
-        elif losses.index(min(losses)) < epoch - 4:
-            break
-    net.load_state_dict(best)
-    temperature = fit_temperature(*val)
-    before, after = common.scores(*val), common.scores(val[0] / temperature, val[1])
-    report = {"temperature": temperature, "accuracy": before["top1"], "ece": before["ece"]}
-    report |= {"ece_calibrated": after["ece"], "nll": before["nll"], "nll_calibrated": after["nll"]}
-    if run.main:
-        common.save_reliability(
-            {"before": val, "after": (val[0] / temperature, val[1])}, run.path / "filter.png"
-        )
-    common.seed_everything(args.seed, 2 * 10**6)
-    viewed, labels = images.subset(range(len(images)), standard), torch.tensor(images.labels)
-    logits = [common.predict(model, viewed, accelerator, args.workers)[0] for _ in range(views)]
-    q = (torch.stack(logits) / temperature).softmax(2).mean(0)[torch.arange(len(labels)), labels]
-    run.save("filter.pt", {"confidence": q, "report": report})
-    return q, report
-
-
-METHODS = {"diagen": "DIAGen", "da_fusion": "DA-Fusion", "real_guidance": "Real Guidance"}
-
-
-def resolve(args: Args) -> Args:
-    """Fills the fields left open from the data set's recipe. Raises UserError for what cannot be."""
-    args = common.fill_recipe(args, RECIPES, "diagen")
-    if args.method not in METHODS:
-        raise common.UserError(f"unknown --method '{args.method}'; choose one of: {', '.join(METHODS)}")
-    for name in ("variations", "iterations", "prompts_per_class", "inversion_batch_size", "filter_epochs"):
-        if getattr(args, name) < 1:
-            raise common.UserError(f"--{name} {getattr(args, name)} must be at least 1")
-    if not args.sigmas or min(args.sigmas) < 0:
-        raise common.UserError(f"--sigmas {args.sigmas} must not be negative")
-    if not 0 <= args.synthetic_probability <= 1:
-        raise common.UserError("--synthetic_probability must lie between 0 and 1")
-    return as_method(args, args.method)
-
-
-def as_method(args: Args, method: str) -> Args:
-    """The settings that make DIAGen one of METHODS: DA-Fusion is DIAGen without its three parts."""
-    args = dataclasses.replace(args, method=method)
-    if method != "diagen":
-        args.sigmas, args.prompts, args.weighting = [0.0], "none", False
-    return args
-
-
 def synthesize(args: Args, run, accelerator, pipe, data: common.Data, prompts, folder: Path):
     """Generates the images of args.method in `folder`: (their records, seconds)."""
     rows = None
@@ -774,6 +686,15 @@ def read_variations(args: Args, data: common.Data, folder: Path) -> list[dict]:
     return records
 
 
+@dataclass
+class Synthetic:
+    """The M variations of each of N real images, in order: images (N * M), weights [N, M], their records."""
+
+    images: common.Images
+    weights: np.ndarray
+    records: list[dict]
+
+
 def weigh(args: Args, run, accelerator, data: common.Data, records: list[dict], folder: Path):
     """Weighs the images in `folder`, and writes that into their metadata: (Synthetic, what to report)."""
     sources = [common.keep_small(folder / r["file_name"], args.image_size) for r in records]
@@ -784,7 +705,17 @@ def weigh(args: Args, run, accelerator, data: common.Data, records: list[dict], 
         about["distances"], _ = common.distances_to_test(plain, data, accelerator)
     weights = torch.full((len(data.train), args.variations), 1 / args.variations)
     if args.weighting:
-        q, about["filter"] = confidences(args, run, accelerator, data, plain)
+        if (known := run.load("filter.pt")) is None:
+            q, temperature, (logits, y) = confidences(args, accelerator, data, plain)
+            before, after = common.scores(logits, y), common.scores(logits / temperature, y)
+            report = {"temperature": temperature, "accuracy": before["top1"]}
+            report |= {k: before[k] for k in ("ece", "nll")}
+            report |= {f"{k}_calibrated": after[k] for k in ("ece", "nll")}
+            if run.main:
+                series = {"before": (logits, y), "after": (logits / temperature, y)}
+                common.save_reliability(series, run.path / "filter.png")
+            run.save("filter.pt", known := {"confidence": q, "report": report})
+        q, about["filter"] = known["confidence"], known["report"]
         weights = weights_of(q.view(len(data.train), args.variations))
         for r, confidence in zip(records, q.tolist(), strict=True):
             r["confidence"] = confidence
@@ -817,6 +748,74 @@ def save_pictures(run, data: common.Data, made: dict[str, Synthetic], M: int) ->
     low = sorted(range(len(records)), key=lambda j: records[j]["weight"])[:12]
     captions = [caption(records[j]) for j in low]
     common.save_captioned([images.sources[j] for j in low], captions, run.path / "samples" / "lowest.png", 6)
+
+
+def train(args, run, accelerator, data, synthetic: Synthetic | None, files: tuple[str, str], title: str):
+    """Trains a classifier; the epoch that is best on the validation split counts. Returns scores and log.
+
+    files: of the checkpoint and of the metrics.
+    """
+    torch.manual_seed(args.seed)
+    net = new_classifier(args, data.class_names)
+    optimizer = common.make_optimizer(args.optimizer, net, args.lr, args.weight_decay)
+    model, optimizer = accelerator.prepare(net, optimizer)
+    real, val = data.train, data.val
+    images = real + synthetic.images if synthetic else real
+    parts = {"model": net, "optimizer": optimizer}
+    progress = run.resume(files[0], {"epoch": 0, "log": [], "training": 0.0, "best": None}, **parts)
+    start = progress["epoch"]
+    bar = tqdm(range(start, args.epochs), title, initial=start, total=args.epochs, disable=not run.main)
+    for epoch in bar:
+        clock = time.time()
+        common.seed_everything(args.seed, epoch)
+        drawn = draw_epoch(
+            real.labels, args.variations, synthetic and synthetic.weights, args.iterations * args.batch_size,
+            args.synthetic_probability, np.random.default_rng([args.seed, epoch]),
+        )  # fmt: skip
+        loader = common.make_loader(images.subset(drawn), args.batch_size, accelerator, workers=args.workers)
+        line = {"epoch": epoch + 1, "synthetic_share": float((drawn >= len(real)).mean())}
+        line |= common.train_epoch(model, loader, optimizer, lambda _: args.lr, accelerator)
+        progress["training"] += time.time() - clock
+        score = common.scores(*common.predict(model, val, accelerator, args.workers))
+        line |= {"val": score["top1"], "val_nll": score["nll"]}
+        if progress["best"] is None or score["top1"] > progress["best"]["val"]:
+            weights = {k: v.clone() for k, v in net.state_dict().items()}
+            progress["best"] = {"val": score["top1"], "epoch": epoch + 1, "weights": weights}
+        progress["log"].append(line)
+        bar.set_postfix({k: f"{v:.3f}" for k, v in line.items() if isinstance(v, float)})
+        progress["epoch"] = epoch + 1
+        run.write_lines(files[1], progress["log"])
+        run.checkpoint(files[0], progress, **parts)
+    best = progress["best"]
+    net.load_state_dict(best["weights"])
+    final = common.evaluate(model, data, accelerator, args.workers)
+    return final | {"epoch": best["epoch"], "training": progress["training"]}, progress["log"]
+
+
+METHODS = {"diagen": "DIAGen", "da_fusion": "DA-Fusion", "real_guidance": "Real Guidance"}
+
+
+def resolve(args: Args) -> Args:
+    """Fills the fields left open from the data set's recipe. Raises UserError for what cannot be."""
+    args = common.fill_recipe(args, RECIPES, "diagen")
+    if args.method not in METHODS:
+        raise common.UserError(f"unknown --method '{args.method}'; choose one of: {', '.join(METHODS)}")
+    for name in ("variations", "iterations", "prompts_per_class", "inversion_batch_size", "filter_epochs"):
+        if getattr(args, name) < 1:
+            raise common.UserError(f"--{name} {getattr(args, name)} must be at least 1")
+    if not args.sigmas or min(args.sigmas) < 0:
+        raise common.UserError(f"--sigmas {args.sigmas} must not be negative")
+    if not 0 <= args.synthetic_probability <= 1:
+        raise common.UserError("--synthetic_probability must lie between 0 and 1")
+    return as_method(args, args.method)
+
+
+def as_method(args: Args, method: str) -> Args:
+    """The settings that make DIAGen one of METHODS: DA-Fusion is DIAGen without its three parts."""
+    args = dataclasses.replace(args, method=method)
+    if method != "diagen":
+        args.sigmas, args.prompts, args.weighting = [0.0], "none", False
+    return args
 
 
 def check(args: Args, accelerator, pipe, data: common.Data) -> None:
@@ -872,11 +871,7 @@ def run_once(args: Args, accelerator) -> dict:
         files = (f"{name}.pt", "metrics.jsonl" if main else f"{name}.jsonl")
         scores, logs[title] = train(args, run, accelerator, data, synthetic, files, title)
         result[title] = scores | about
-    if run.main:
-        common.save_curves(logs, run.path / "curves.png")
-        run.write_json("result.json", result)
-    accelerator.wait_for_everyone()
-    return result
+    return run.finish(result, logs)
 
 
 # The paper's ablation: every rung adds one part.

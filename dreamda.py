@@ -525,6 +525,50 @@ class Pool:
     clip_logits: torch.Tensor | None = None
 
 
+def make_pool(args: Args, run: common.Run, accelerator, data: common.Data, folder, records):
+    """Pool of the images in `folder` and the unlabelled ones asked for; on digits, distances to `test`."""
+    sources = [common.keep_small(folder / r["file_name"], args.image_size) for r in records]
+    images = common.Images(sources, [r["label"] for r in records], data.test.transform)
+    seed_labels = torch.tensor(images.labels)
+    truth, distances = None, {}
+    if args.dataset == "digits":
+        distances, truth = common.distances_to_test(images, data, accelerator)
+    if args.unlabelled:
+        some = np.random.default_rng(args.seed).permutation(len(data.unlabelled))[: args.unlabelled]
+        extra = data.unlabelled.subset(some)
+        images = images + extra
+        seed_labels = torch.cat([seed_labels, torch.full((len(extra),), -1)])
+        truth = None if truth is None else torch.cat([truth, torch.tensor(extra.labels)])
+    pool = Pool(images, seed_labels, truth)
+    if args.labels == "clip":
+        clip = common.build_classifier("clip", data.class_names, args.image_size, clip=args.clip)
+        pool.clip_logits, _ = common.predict(clip.to(accelerator.device), images, accelerator, args.workers)
+    return pool, distances
+
+
+CLASSIFIERS = {  # names in reports: what the classifier learns from, by the labels of the synthetic images
+    "none": "standard augmentation",
+    "seed": "seed labels",
+    "amst": "AMST",
+    "head": "one head's labels",
+    "soft": "soft labels",
+    "clip": "CLIP labels",
+}
+
+
+def label_report(targets, labelled, pool: Pool) -> dict[str, float]:
+    """Share of the pool that is labelled; where the truth is known, how often pseudo-labels are right.
+
+    label_accuracy: of the labels in use; seed_accuracy: of the seeds' labels of the same images.
+    """
+    report = {"labelled": labelled.float().mean().item()}
+    if pool.truth is not None and labelled.any():
+        report["label_accuracy"] = (targets.argmax(1) == pool.truth)[labelled].float().mean().item()
+        seeded = labelled & (pool.seed_labels >= 0)
+        report["seed_accuracy"] = (pool.seed_labels == pool.truth)[seeded].float().mean().item()
+    return report
+
+
 def train(
     args: Args, run: common.Run, accelerator, data: common.Data, pool: Pool | None, labels: str,
     files: tuple[str, str],
@@ -557,11 +601,8 @@ def train(
     else:
         targets = labelled = weak = torch.zeros(0, device=accelerator.device)
 
-    progress = {"epoch": 0, "log": [], "training": 0.0}
-    if state := run.load(files[0]):
-        progress = state["progress"]
-        net.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+    parts = {"model": net, "optimizer": optimizer}
+    progress = run.resume(files[0], {"epoch": 0, "log": [], "training": 0.0}, **parts)
 
     def targets_now():
         logits, _ = common.predict(model, plain, accelerator, args.workers)
@@ -610,53 +651,15 @@ def train(
         if heads > 1:
             line["orthogonality"] = orthogonality_loss(net.auxiliary_weights()).item()
         if (epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs:
-            for split, images in common.evaluation_splits(data).items():
-                logits, y = common.predict(model, images, accelerator, args.workers)
-                score = common.scores(logits[:, 0], y)
-                line |= {split: score["top1"], f"{split}_scores": score}
+            line["scores"] = common.evaluate(model, data, accelerator, args.workers)
+            line |= {split: score["top1"] for split, score in line["scores"].items()}
         progress["log"].append(line)
         bar.set_postfix({k: f"{v:.3f}" for k, v in line.items() if isinstance(v, float)})
         progress["epoch"] = epoch + 1
         run.write_lines(files[1], progress["log"])
-        state = {"model": net.state_dict(), "optimizer": optimizer.state_dict()}
-        run.save(files[0], {"progress": progress, **state})
-    final = {s: progress["log"][-1][f"{s}_scores"] for s in common.evaluation_splits(data)}
-    final["training"] = progress["training"]
+        run.checkpoint(files[0], progress, **parts)
+    final = progress["log"][-1]["scores"] | {"training": progress["training"]}
     return final, progress["log"], targets_now()[:2] if pool else None
-
-
-def label_report(targets, labelled, pool: Pool) -> dict[str, float]:
-    """Share of the pool that is labelled; where the truth is known, how often pseudo-labels are right.
-
-    label_accuracy: of the labels in use; seed_accuracy: of the seeds' labels of the same images.
-    """
-    report = {"labelled": labelled.float().mean().item()}
-    if pool.truth is not None and labelled.any():
-        report["label_accuracy"] = (targets.argmax(1) == pool.truth)[labelled].float().mean().item()
-        seeded = labelled & (pool.seed_labels >= 0)
-        report["seed_accuracy"] = (pool.seed_labels == pool.truth)[seeded].float().mean().item()
-    return report
-
-
-def make_pool(args: Args, run: common.Run, accelerator, data: common.Data, folder, records):
-    """Pool of the images in `folder` and the unlabelled ones asked for; on digits, distances to `test`."""
-    sources = [common.keep_small(folder / r["file_name"], args.image_size) for r in records]
-    images = common.Images(sources, [r["label"] for r in records], data.test.transform)
-    seed_labels = torch.tensor(images.labels)
-    truth, distances = None, {}
-    if args.dataset == "digits":
-        distances, truth = common.distances_to_test(images, data, accelerator)
-    if args.unlabelled:
-        some = np.random.default_rng(args.seed).permutation(len(data.unlabelled))[: args.unlabelled]
-        extra = data.unlabelled.subset(some)
-        images = images + extra
-        seed_labels = torch.cat([seed_labels, torch.full((len(extra),), -1)])
-        truth = None if truth is None else torch.cat([truth, torch.tensor(extra.labels)])
-    pool = Pool(images, seed_labels, truth)
-    if args.labels == "clip":
-        clip = common.build_classifier("clip", data.class_names, args.image_size, clip=args.clip)
-        pool.clip_logits, _ = common.predict(clip.to(accelerator.device), images, accelerator, args.workers)
-    return pool, distances
 
 
 def save_labels(
@@ -674,16 +677,6 @@ def save_labels(
     if changed:
         some = slice(None, None, math.ceil(len(changed) / 32))
         common.save_captioned(changed[some], captions[some], run.path / "samples" / "relabelled.png", 8)
-
-
-CLASSIFIERS = {  # names in reports: what the classifier learns from, by the labels of the synthetic images
-    "none": "standard augmentation",
-    "seed": "seed labels",
-    "amst": "AMST",
-    "head": "one head's labels",
-    "soft": "soft labels",
-    "clip": "CLIP labels",
-}
 
 
 def resolve(args: Args) -> Args:
@@ -742,13 +735,9 @@ def run_once(args: Args, accelerator) -> dict:
             args, run, accelerator, data, pool if kind != "none" else None, kind, files
         )
         result[CLASSIFIERS[kind]] = scores | {"synthetic": len(records)} | (about if main else {})
-    if run.main:
-        if pool:
-            save_labels(run, folder, records, *labels, data.class_names, own=not args.synthetic)
-        common.save_curves(logs, run.path / "curves.png")
-        run.write_json("result.json", result)
-    accelerator.wait_for_everyone()
-    return result
+    if pool and run.main:
+        save_labels(run, folder, records, *labels, data.class_names, own=not args.synthetic)
+    return run.finish(result, logs)
 
 
 # The paper's comparison: every rung adds one part, all with as many images and as many training steps.

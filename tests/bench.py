@@ -4,6 +4,7 @@
     python tests/bench.py --methods dreamda        one method
     python tests/bench.py --batch_sizes 1 4 8      with a GPU: Stable Diffusion's full architecture (2.1 for
                                                    ActGen, else 1.5), random weights, bf16, 512x512
+    python tests/bench.py --flops                  counts an ActGen image's operations instead, on any machine
 
 ActGen: both losses on for every image, guide and attention mask on, its most expensive setting. DreamDA: a
 batch is the variations of one seed, its inversion included. DIAGen: a batch of img2img; Textual Inversion.
@@ -30,7 +31,7 @@ PROMPT = "a photo of a {}"
 BATCH = {"actgen": 16, "dreamda": 8, "diagen": 16}  # on the CPU
 
 
-def stable_diffusion(version: str):
+def stable_diffusion(version: str, device=DEVICE):
     """The full architecture of Stable Diffusion 1.5 or 2.1-base, random weights (nothing is downloaded)."""
     from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
@@ -48,11 +49,11 @@ def stable_diffusion(version: str):
         sample_size=512, block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4,
         down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
     )  # fmt: skip
-    with torch.device(DEVICE):
+    with torch.device(device):
         parts = [AutoencoderKL(**vae), CLIPTextModel(text), UNet2DConditionModel(**unet)]
     parts = [p.to(torch.bfloat16).eval().requires_grad_(False) for p in parts]
     scheduler = DDPMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, steps_offset=1
     )
     pipe = StableDiffusionPipeline(
         vae=parts[0], text_encoder=parts[1], tokenizer=tokenizer, unet=parts[2], scheduler=scheduler,
@@ -188,13 +189,42 @@ def diagen_calls(pipe, steps):
     }
 
 
+def count_flops(steps: int = 40, gradient_steps: int = 10) -> None:
+    """Prints TFLOP of an image by ActGen with Stable Diffusion 2.1, both losses on; computes nothing."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    pipe = stable_diffusion("2.1", "meta")
+
+    def tflop(call, *shape):
+        x = torch.empty(1, *shape, device="meta", dtype=torch.bfloat16, requires_grad=True)
+        with FlopCounterMode(display=False) as counter:
+            out = call(x).sample
+            forward = counter.get_total_flops() / 1e12
+            out.sum().backward()
+        return forward, counter.get_total_flops() / 1e12 - forward
+
+    z, t = torch.empty(1, 4, 64, 64, device="meta", dtype=torch.bfloat16), torch.empty((), device="meta")
+    forward, backward = tflop(lambda text: pipe.unet(z, t, text), 77, 1024)
+    unet = 2 * steps * forward + gradient_steps * backward
+    print("| pixels decoded for L_adv | U-Net | L_adv's decoder | final decoder | TFLOP per image |")
+    print("|---|---|---|---|---|")
+    image = tflop(pipe.vae.decode, 4, 64, 64)[0]
+    for pixels in (512, 256, 128):
+        decoder = gradient_steps * sum(tflop(pipe.vae.decode, 4, pixels // 8, pixels // 8))
+        total = unet + decoder + image
+        print(f"| {pixels} | {unet:.1f} | {decoder:.1f} | {image:.1f} | {total:.1f} |")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--methods", nargs="+", default=[*BATCH], choices=[*BATCH])
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=None)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=None)
+    parser.add_argument("--flops", action="store_true")
     options = parser.parse_args()
+    if options.flops:
+        return count_flops()
     name = torch.cuda.get_device_name() if GPU else f"CPU, {torch.get_num_threads()} threads"
     print(f"{name}; torch {torch.__version__}; medians of {options.rounds} rounds, interleaved")
     print("| batch | what | s/image | ratio to stock | peak GPU memory, GiB |\n|---|---|---|---|---|")

@@ -294,6 +294,23 @@ def test_the_adversarial_loss_makes_images_harder_for_the_classifier(pipe, guide
     assert ttest_rel(loss[1.0], loss[0.0], alternative="greater").pvalue < 0.01
 
 
+def test_decoding_fewer_pixels_for_the_adversarial_loss_points_the_same_way(
+    pipe, guides, oracle, monkeypatch
+):
+    decoded, decode = [], common.decode
+    monkeypatch.setattr(
+        common, "decode", lambda p, z, clamp: decoded.append(z.shape[-1]) or decode(p, z, clamp)
+    )
+    latents, gradients = common.encode(pipe, guides[0]).detach(), []
+    for pixels in (0, 32, 24):
+        x0 = latents.clone().requires_grad_()
+        loss = actgen.adversarial_loss(pipe, x0, guides[1], oracle, 32, pixels)
+        gradients.append(torch.autograd.grad(loss, x0)[0].flatten(1))
+    assert decoded == [16, 16, 12] and torch.equal(gradients[0], gradients[1])
+    alike = F.cosine_similarity(gradients[0], gradients[2])
+    assert alike.mean() > 0.2 and not torch.equal(gradients[0], gradients[2])
+
+
 def test_the_contrastive_loss_moves_images_away_from_the_bank(pipe, guides):
     images, labels, _ = guides
     bank = {y: common.encode(pipe, images[labels == y]) for y in set(labels.tolist())}

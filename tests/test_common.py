@@ -379,6 +379,23 @@ def test_curves_show_accuracies_that_are_measured_now_and_then(tmp_path):
         common.save_curves({"real only": lines}, tmp_path / "curves.png")
 
 
+@pytest.mark.parametrize("augment", ["digits", "crop", "resized", "none"])
+def test_randaugment_comes_on_top_of_an_augmentation(augment, monkeypatch):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (24, 24, 3), np.uint8))
+
+    def views(name):
+        train, evaluation = common.make_transforms(16, name)
+        torch.manual_seed(0)
+        return torch.stack([train(image) for _ in range(20)]), evaluation(image)
+
+    plain, more = views(augment), views(f"{augment}+randaugment")
+    assert torch.equal(plain[1], more[1])  # in training only
+    assert more[0].shape == (20, 3, 16, 16) and more[0].min() >= 0 and more[0].max() <= 1
+    assert not torch.equal(plain[0], more[0]) and len(more[0].unique(dim=0)) > 10
+    monkeypatch.setattr(torchvision.transforms.v2.RandAugment, "forward", lambda self, image: image)
+    assert torch.equal(views(f"{augment}+randaugment")[0], plain[0])
+
+
 @pytest.mark.parametrize("samples", [0, 24])
 def test_processes_share_one_random_order_whatever_each_has_drawn(samples):
     images, shares = common.Images([Image.new("RGB", (1, 1), (i, 0, 0)) for i in range(24)], range(24)), []

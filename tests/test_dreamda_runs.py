@@ -331,6 +331,6 @@ def test_two_processes_take_the_steps_of_one(striped, tmp_path):
     ]
     assert [status for status, *_ in outcomes] == [0, 0], outcomes
     logs = [lines_of(tmp_path / name / "metrics.jsonl") for name in ("two", "one")]
-    two, one = ([line["test_scores"]["nll"] for line in log] for log in logs)
+    two, one = ([line["scores"]["test"]["nll"] for line in log] for log in logs)
     assert two == pytest.approx(one, rel=1e-3) and one[2] != pytest.approx(one[0], rel=0.1)
     assert logs[0][0]["loss"] != logs[1][0]["loss"]  # that of half the batch, of the whole one
