@@ -75,7 +75,7 @@ SD21 = dict(
 )  # fmt: skip
 CIFAR = SD21 | dict(image_size=32, augment="crop", epochs=300, batch_size=128)
 SMALL = SD21 | dict(pretrained=True, epochs=100, batch_size=64, lr=0.01)
-RECIPES = {
+RECIPES = {name: SMALL for name in common.DATASETS} | {
     "digits": dict(
         prompt="a photo of a {}", workers=0, steps=40, guidance_centre=12.5, warmup=0.0,
         diffusion=str(common.ROOT / "digits_sd"), guidance_scale=4.0, images_per_epoch=16, nu=1.0,
@@ -94,8 +94,6 @@ RECIPES = {
     ),
     "stl10": SD21 | dict(image_size=96, augment="crop", epochs=300, batch_size=128),
 }  # fmt: skip
-for _name in ("caltech101", "pets", "cars", "coco", "folder"):
-    RECIPES[_name] = SMALL
 
 # ----------------------------------------------------------------------------------------------------------
 # Section 4.1: which images to generate, when
@@ -625,8 +623,7 @@ def train(args: Args, run: common.Run, accelerator, data: common.Data, pipe=None
 def resolve(args: Args) -> Args:
     """Fills the fields left open from the data set's recipe. Raises UserError for what cannot be."""
     args = common.fill_recipe(args, RECIPES, "actgen")
-    if args.images_per_epoch < 1:
-        raise common.UserError(f"--images_per_epoch {args.images_per_epoch} must be at least 1")
+    common.check_at_least(1, args, "images_per_epoch")
     if not 0 < args.genval_share < 1:
         raise common.UserError(f"--genval_share {args.genval_share} must lie between 0 and 1")
     return args

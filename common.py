@@ -177,6 +177,12 @@ class UserError(Exception):
     """A mistake the user can mend; its one line says what, where and what to do (exit status 2)."""
 
 
+def check_choice(name: str, value: str, choices) -> None:
+    """Raises UserError, with the choices, if `value` is none of them."""
+    if value not in choices:
+        raise UserError(f"unknown {name} '{value}'; choose one of: {', '.join(choices)}")
+
+
 class Images(torch.utils.data.Dataset):
     """Labelled images read on demand: item i is (transform(PIL image, RGB), label).
 
@@ -257,16 +263,14 @@ def make_transforms(size: int, augment: str):
     square = [v2.Resize(size), v2.CenterCrop(size)]
     pad = max(1, size // 8)
     plain = augment.removesuffix("+randaugment")
-    if plain not in ("digits", "crop", "resized", "none"):
-        raise UserError(
-            f"unknown augment '{augment}'; choose one of: digits, crop, resized, none (or one +randaugment)"
-        )
     train = {
         "digits": [*square, v2.RandomCrop(size, padding=pad // 2, padding_mode="reflect")],
         "crop": [*square, v2.RandomCrop(size, padding=pad), v2.RandomHorizontalFlip()],
         "resized": [v2.RandomResizedCrop(size), v2.RandomHorizontalFlip()],
         "none": square,
-    }[plain] + ([v2.RandAugment()] if augment != plain else [])
+    }
+    check_choice("augment", plain, train)
+    train = train[plain] + ([v2.RandAugment()] if augment != plain else [])
     margin = [v2.Resize(round(size / 0.875)), v2.CenterCrop(size)] if plain == "resized" else square
     return v2.Compose(train + tensor), v2.Compose(margin + tensor)
 
@@ -297,8 +301,7 @@ def load_data(
     unlabelled: stl10's large unlabelled part, too.
     Raises UserError for an unknown name, missing files, an empty class, too few images of a class.
     """
-    if name not in DATASETS:
-        raise UserError(f"unknown dataset '{name}'; choose one of: {', '.join(DATASETS)}")
+    check_choice("dataset", name, DATASETS)
     train, rest = make_transforms(size, augment)
     loaders = {"digits": _digits, "folder": _folder, "coco": _coco}
     data = loaders[name](data_dir) if name in loaders else _torchvision(name, data_dir, unlabelled)
@@ -549,8 +552,7 @@ def build_classifier(
         return model
     if name == "clip":
         return Normalised(CLIPClassifier(clip, class_names), *CLIP_MEAN_STD)
-    if name not in CLASSIFIERS:
-        raise UserError(f"unknown classifier '{name}'; choose one of: {', '.join(CLASSIFIERS)}")
+    check_choice("classifier", name, CLASSIFIERS)
     try:
         if name == "vit_s_16":
             if pretrained:
@@ -664,6 +666,23 @@ def decode(pipe, latents: torch.Tensor, clamp: bool = True) -> torch.Tensor:
     return images.clamp(0, 1) if clamp else images
 
 
+def ddim(pipe, steps: int, strength: float):
+    """A DDIMScheduler set to `steps`, and the last `strength` of its timesteps [S], first to last.
+
+    Raises UserError if there is no step, or one the model was not trained for (SD's have an offset).
+    """
+    from diffusers import DDIMScheduler
+
+    scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    trained, used = scheduler.config.num_train_timesteps, int(steps * strength)
+    if 1 <= used <= steps <= trained:
+        scheduler.set_timesteps(steps)
+        timesteps = scheduler.timesteps[steps - used :]
+        if timesteps[0] < trained:
+            return scheduler, timesteps
+    raise UserError(f"--steps {steps} at --strength {strength} leaves no valid step")
+
+
 def generator(*key: int) -> torch.Generator:
     """A CPU generator seeded by any integers: one per image makes draws independent of batch and device."""
     return torch.Generator().manual_seed(
@@ -677,13 +696,11 @@ def generator(*key: int) -> torch.Generator:
 
 def make_optimizer(name: str, model: nn.Module, lr: float, weight_decay: float) -> torch.optim.Optimizer:
     """ "sgd" (momentum 0.9), "adam" or "adamw" over the parameters that require a gradient."""
+    kinds = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+    check_choice("optimizer", name, kinds)
+    options = {"momentum": 0.9} if name == "sgd" else {}
     parameters = [p for p in model.parameters() if p.requires_grad]
-    if name == "sgd":
-        return torch.optim.SGD(parameters, lr, momentum=0.9, weight_decay=weight_decay)
-    if name in ("adam", "adamw"):
-        kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[name]
-        return kind(parameters, lr, weight_decay=weight_decay)
-    raise UserError(f"unknown optimizer '{name}'; choose sgd, adam or adamw")
+    return kinds[name](parameters, lr, weight_decay=weight_decay, **options)
 
 
 def cosine(progress: float, warmup: float = 0.0) -> float:
@@ -1230,8 +1247,7 @@ def cli(main, args_class) -> None:
 
 def fill_recipe(args: RunArgs, recipes: dict[str, dict], method: str) -> RunArgs:
     """A copy of args, the fields left open taken from the data set's recipe. UserError: a value cannot be."""
-    if args.dataset not in recipes:
-        raise UserError(f"unknown dataset '{args.dataset}'; choose one of: {', '.join(recipes)}")
+    check_choice("dataset", args.dataset, recipes)
     args = dataclasses.replace(args)
     for name, value in recipes[args.dataset].items():
         if getattr(args, name) is None:
@@ -1239,13 +1255,16 @@ def fill_recipe(args: RunArgs, recipes: dict[str, dict], method: str) -> RunArgs
     args.out = args.out or f"runs/{method}-{args.dataset}{'-ladder' if args.ladder else ''}-s{args.seed}"
     if "{}" not in args.prompt:
         raise UserError(f"--prompt '{args.prompt}' has no {{}} for the class name")
-    for name in ("epochs", "batch_size", "generation_batch_size", "steps", "seeds", "eval_every"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name} {getattr(args, name)} must be at least 1")
-    for name in ("seed", "examples_per_class", "workers"):
-        if getattr(args, name) < 0:
-            raise UserError(f"--{name} {getattr(args, name)} must not be negative")
+    check_at_least(1, args, "epochs", "batch_size", "generation_batch_size", "steps", "seeds", "eval_every")
+    check_at_least(0, args, "seed", "examples_per_class", "workers")
     return args
+
+
+def check_at_least(least: int, args: RunArgs, *names: str) -> None:
+    """Raises UserError if one of the arguments is less."""
+    for name in names:
+        if getattr(args, name) < least:
+            raise UserError(f"--{name} {getattr(args, name)} must be at least {least}")
 
 
 def data_of(args: RunArgs, unlabelled: bool = False) -> Data:

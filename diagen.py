@@ -371,17 +371,10 @@ def read_prompts(path: Path, class_names: list[str]) -> dict[str, list[str]]:
 
 def stock_img2img(pipe, steps: int, strength: float):
     """The stock pipeline of pipe's parts, with DDIM. Raises UserError if no valid step is left."""
-    from diffusers import DDIMScheduler, StableDiffusionImg2ImgPipeline
+    from diffusers import StableDiffusionImg2ImgPipeline
 
-    scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
-    impossible = common.UserError(f"--steps {steps} at --strength {strength} leaves no valid step")
-    if not 1 <= int(steps * strength) <= steps <= scheduler.config.num_train_timesteps:
-        raise impossible
-    scheduler.set_timesteps(steps)
-    if scheduler.timesteps[-int(steps * strength)] >= scheduler.config.num_train_timesteps:  # SD's offset
-        raise impossible
     stock = StableDiffusionImg2ImgPipeline(**pipe.components, requires_safety_checker=False)
-    stock.scheduler = scheduler
+    stock.scheduler, _ = common.ddim(pipe, steps, strength)
     stock.set_progress_bar_config(disable=True)
     return stock
 
@@ -798,11 +791,9 @@ METHODS = {"diagen": "DIAGen", "da_fusion": "DA-Fusion", "real_guidance": "Real 
 def resolve(args: Args) -> Args:
     """Fills the fields left open from the data set's recipe. Raises UserError for what cannot be."""
     args = common.fill_recipe(args, RECIPES, "diagen")
-    if args.method not in METHODS:
-        raise common.UserError(f"unknown --method '{args.method}'; choose one of: {', '.join(METHODS)}")
-    for name in ("variations", "iterations", "prompts_per_class", "inversion_batch_size", "filter_epochs"):
-        if getattr(args, name) < 1:
-            raise common.UserError(f"--{name} {getattr(args, name)} must be at least 1")
+    common.check_choice("--method", args.method, METHODS)
+    common.check_at_least(1, args, "variations", "iterations", "inversion_batch_size", "filter_epochs")
+    common.check_at_least(1, args, "prompts_per_class")
     if not args.sigmas or min(args.sigmas) < 0:
         raise common.UserError(f"--sigmas {args.sigmas} must not be negative")
     if not 0 <= args.synthetic_probability <= 1:

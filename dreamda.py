@@ -72,7 +72,7 @@ SD15 = dict(  # batch_size counts the real images; each comes with synthetic_rat
     epochs=100, batch_size=32, optimizer="sgd", lr=0.01, weight_decay=1e-4, warmup=0.05, eval_every=5,
     threshold=0.95, consistency_weight=1.0,
 )  # fmt: skip
-RECIPES = {
+RECIPES = {name: SD15 for name in common.DATASETS} | {
     "digits": SD15 | dict(
         workers=0, diffusion=str(common.ROOT / "digits_sd"), steps=25, guidance_scale=4.0, variations=10,
         noise_scale=12.0, relative_noise=True, generation_batch_size=40, examples_per_class=8,
@@ -84,8 +84,6 @@ RECIPES = {
     "cifar100": SD15 | dict(image_size=32, augment="crop", variations=1),
     "imagenet": SD15 | dict(variations=1, batch_size=256),
 }  # fmt: skip
-for _name in ("caltech101", "pets", "cars", "eurosat", "coco", "folder"):
-    RECIPES[_name] = SD15
 
 # ----------------------------------------------------------------------------------------------------------
 # The seed's inversion (CycleDiffusion, Wu and De la Torre 2022, arXiv 2210.05559)
@@ -103,16 +101,7 @@ class Steps:
 
 def ddim_steps(pipe, steps: int = 100, strength: float = 0.8, eta: float = 1.0) -> Steps:
     """The last `strength` of `steps` DDIM steps, sigma_t as in DDIM's eq. 16. UserError if none is left."""
-    from diffusers import DDIMScheduler
-
-    scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
-    impossible = common.UserError(f"--steps {steps} at --strength {strength} leaves no valid step")
-    if not 1 <= int(steps * strength) <= steps <= scheduler.config.num_train_timesteps:
-        raise impossible
-    scheduler.set_timesteps(steps)
-    t = scheduler.timesteps[steps - int(steps * strength) :]
-    if t[0] >= scheduler.config.num_train_timesteps:  # the offset of SD's steps
-        raise impossible
+    scheduler, t = common.ddim(pipe, steps, strength)
     before = t - scheduler.config.num_train_timesteps // steps
     alpha = scheduler.alphas_cumprod[t]
     previous = torch.where(
@@ -237,8 +226,7 @@ class Perturbation:
             "latents": [unet.conv_in],
             "none": [],
         }
-        if where not in modules:
-            raise common.UserError(f"unknown --perturb '{where}'; choose one of: {', '.join(modules)}")
+        common.check_choice("--perturb", where, modules)
         self.modules = modules[where] if scale else []
         self.before = where in ("mid_input", "latents")
         self.scale, self.generators, self.relative, self.paired = scale, generators, relative, paired
@@ -682,16 +670,10 @@ def save_labels(
 def resolve(args: Args) -> Args:
     """Fills the fields left open from the data set's recipe. Raises UserError for what cannot be."""
     args = common.fill_recipe(args, RECIPES, "dreamda")
-    for name, choices in (("labels", [*CLASSIFIERS][1:]), ("inversion", ["cycle", "ddim", "none"])):
-        if getattr(args, name) not in choices:
-            raise common.UserError(
-                f"unknown --{name} '{getattr(args, name)}'; choose one of: {', '.join(choices)}"
-            )
-    for name in ("variations", "inversions"):
-        if getattr(args, name) < 1:
-            raise common.UserError(f"--{name} {getattr(args, name)} must be at least 1")
-    if args.unlabelled < 0:
-        raise common.UserError(f"--unlabelled {args.unlabelled} must not be negative")
+    common.check_choice("--labels", args.labels, [*CLASSIFIERS][1:])
+    common.check_choice("--inversion", args.inversion, ["cycle", "ddim", "none"])
+    common.check_at_least(1, args, "variations", "inversions")
+    common.check_at_least(0, args, "unlabelled")
     if args.labels == "amst" and args.heads < 2:
         raise common.UserError(f"--heads {args.heads}: agreement needs at least 2")
     return args

@@ -244,7 +244,7 @@ MISTAKES = [  # in its own process?, what is done to the folder, arguments, word
     (False, None, {"strength": 1.5}, "--strength 1.5"),
     (False, None, {"unlabelled": 5}, "--unlabelled 5: folder has 0"),
     (False, None, {"unlabelled": 11, "examples_per_class": 1}, "--unlabelled 11: folder has 8"),
-    (False, None, {"unlabelled": -1}, "--unlabelled -1 must not be negative"),
+    (False, None, {"unlabelled": -1}, "--unlabelled -1 must be at least 0"),
     (False, None, {"synthetic": "/nowhere"}, "--synthetic: no images with metadata in /nowhere/synthetic"),
     (False, None, {"lr": 1e30}, "not a number.*--lr"),
     (False, None, {"variation_count": 3}, "unknown arguments: --variation_count 3"),
