@@ -2,16 +2,17 @@
 
     python tests/compare.py                                     4, 16 and 64 images per class, five seeds
     python tests/compare.py --per_class 16 --seeds 1            a quarter of an hour on two cores
-    python tests/compare.py --per_class 16 --images 0 160 320 640 --seeds 3    and the figure
+    python tests/compare.py --per_class 4 --images 0 40 160 640 --seeds 3    the figure, too
 
 Every classifier is the small CNN with the weights pretrained without labels (common.train_backbone), all of
 it learning for 600 steps by AdamW at 1e-3. `images` synthetic ones are made for each draw of real ones.
 Random text-to-image, Real Guidance, DA-Fusion and DreamDA without AMST differ in their images only: a step
 takes 16 real images, as without synthetic ones, and 32 synthetic ones. ActGen, DreamDA and DIAGen train as
-their papers say, 48 images a step (DIAGen: the best of 30 epochs on the validation split). The seconds of
-generation are without Textual Inversion, whose tokens DA-Fusion and DIAGen share. Runs are kept in --out and
-not repeated, so the command goes on where it was stopped, and several processes can share the work by
---first_seed. Writes compare.json, compare.md and, with several numbers of images, compare.png there.
+their papers say, ActGen with the batch size that makes 600 steps of its 40 epochs, DIAGen on 48 draws a step,
+the best of 30 epochs on the validation split. The seconds of generation are without Textual Inversion, whose
+tokens DA-Fusion and DIAGen share. Runs are kept in --out and not repeated, so the command goes on where it
+was stopped, and several processes can share the work by --first_seed. Writes compare.json, compare.md and,
+with several numbers of images, compare.png there.
 """
 
 import argparse
