@@ -9,10 +9,10 @@ it learning for 600 steps by AdamW at 1e-3. `images` synthetic ones are made for
 Random text-to-image, Real Guidance, DA-Fusion and DreamDA without AMST differ in their images only: a step
 takes 16 real images, as without synthetic ones, and 32 synthetic ones. ActGen, DreamDA and DIAGen train as
 their papers say, ActGen with the batch size that makes 600 steps of its 40 epochs, DIAGen on 48 draws a step,
-the best of 30 epochs on the validation split. The seconds of generation are without Textual Inversion, whose
-tokens DA-Fusion and DIAGen share. Runs are kept in --out and not repeated, so the command goes on where it
-was stopped, and several processes can share the work by --first_seed. Writes compare.json, compare.md and,
-with several numbers of images, compare.png there.
+the best of 30 epochs on the validation split. Seconds are medians; those of generation are without Textual
+Inversion, whose tokens DA-Fusion and DIAGen share. Runs are kept in --out and not repeated, so the command
+goes on where it was stopped, and several processes can share the work by --first_seed. Writes compare.json,
+compare.md and, with several numbers of images, compare.png there.
 """
 
 import argparse
@@ -132,7 +132,7 @@ def main(args: argparse.Namespace) -> None:
                     for key, v in values.items()
                 }
                 accuracy = (common.interval_text([r[s] for r in runs]) for s in ("test", "test_ood"))
-                seconds = (f"{np.mean([r[s] for r in runs]):.0f}" for s in ("generation", "training"))
+                seconds = (f"{np.median([r[s] for r in runs]):.0f}" for s in ("generation", "training"))
                 lines.append(f"| {' | '.join([name, *accuracy, *means.values(), *seconds])} |")
     common.write_whole(out / "compare.md", "\n".join(lines) + "\n")
     print("\n".join(lines))
