@@ -17,6 +17,7 @@ compare.md and, with several numbers of images, compare.png there.
 
 import argparse
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -45,9 +46,8 @@ def methods(k: int, images: int, seed: int, out: Path) -> dict:
     """Name: (scores, folder of the synthetic images, seconds of generation) for k real images per class."""
     draw = dict(seed=seed, examples_per_class=k)
     M = max(1, images // (10 * k))
-    plain = draw | dict(
-        variations=M, batch_size=REAL, eval_every=1000, epochs=STEPS * SYNTHETIC // (10 * k * M)
-    )
+    epochs = STEPS // math.ceil(10 * k * M / SYNTHETIC)
+    plain = draw | dict(variations=M, batch_size=REAL, eval_every=1000, epochs=epochs)
     found = {}
     for name, changes in (("real images alone", dict(augment="none")), ("standard augmentation", {})):
         scores = run(dreamda, out / name, **plain, real_only=True, **changes)
