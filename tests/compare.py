@@ -16,6 +16,7 @@ compare.md and, with several numbers of images, compare.png there.
 """
 
 import argparse
+import itertools
 import json
 import math
 import sys
@@ -31,6 +32,7 @@ import diagen  # noqa: E402
 import dreamda  # noqa: E402
 
 STEPS, REAL, SYNTHETIC = 600, 16, 32  # training steps; images of a batch
+BASE = "standard augmentation"  # what gains are counted from, seed by seed
 SHARED = dict(
     dataset="digits", classifier="small_cnn", pretrained=True, optimizer="adamw", lr=1e-3, baseline=False
 )
@@ -49,7 +51,7 @@ def methods(k: int, images: int, seed: int, out: Path) -> dict:
     epochs = STEPS // math.ceil(10 * k * M / SYNTHETIC)
     plain = draw | dict(variations=M, batch_size=REAL, eval_every=1000, epochs=epochs)
     found = {}
-    for name, changes in (("real images alone", dict(augment="none")), ("standard augmentation", {})):
+    for name, changes in (("real images alone", dict(augment="none")), (BASE, {})):
         scores = run(dreamda, out / name, **plain, real_only=True, **changes)
         found[name] = scores, None, 0.0
     if not images:
@@ -117,27 +119,32 @@ def main(args: argparse.Namespace) -> None:
         ),
     )
 
-    most, lines = max(args.images), []
-    for k in args.per_class:
-        lines += [f"\n{k} real images per class, {most} synthetic ones, {args.seeds} seeds\n"]
-        lines += [
-            "| method | test | test_ood | FID | precision | recall | generation, s | training, s |",
-            "|---" * 8 + "|",
-        ]
-        for (of, n, name), runs in rows.items():
-            if (of, n) == (k, most):
-                values = {key: [r[key] for r in runs if key in r] for key in ("fid", "precision", "recall")}
-                means = {
-                    key: f"{np.mean(v):.{1 if key == 'fid' else 2}f}" if v else ""
-                    for key, v in values.items()
-                }
-                accuracy = (common.interval_text([r[s] for r in runs]) for s in ("test", "test_ood"))
-                seconds = (f"{np.median([r[s] for r in runs]):.0f}" for s in ("generation", "training"))
-                lines.append(f"| {' | '.join([name, *accuracy, *means.values(), *seconds])} |")
+    lines = list(itertools.chain(*(table(rows, k, max(args.images)) for k in args.per_class)))
     common.write_whole(out / "compare.md", "\n".join(lines) + "\n")
     print("\n".join(lines))
     if len(args.images) > 1:
         draw(rows, args, out / "compare.png")
+
+
+def table(rows: dict, k: int, images: int) -> list[str]:
+    """The lines of a table: a row per method, gains paired with BASE seed by seed."""
+    found = {name: runs for (of, n, name), runs in rows.items() if (of, n) == (k, images)}
+    columns = (
+        "method, test, gain, test_ood, gain, FID, precision, recall, generation (s), training (s)".split(", ")
+    )
+    lines = [f"\n{k} real images per class, {images} synthetic ones, {len(found[BASE])} seeds\n"]
+    lines += [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    for name, runs in found.items():
+        cells = [name]
+        for split in ("test", "test_ood"):
+            values, base = ([run[split] for run in found[m]] for m in (name, BASE))
+            gain = common.interval_text(np.subtract(values, base), "+") if name != BASE else ""
+            cells += [common.interval_text(values), gain]
+        for key, digits in (("fid", 1), ("precision", 2), ("recall", 2)):
+            cells.append(f"{np.mean([run[key] for run in runs]):.{digits}f}" if key in runs[0] else "")
+        cells += [f"{np.median([run[key] for run in runs]):.0f}" for key in ("generation", "training")]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
 
 
 def draw(rows: dict, args: argparse.Namespace, path: Path) -> None:
@@ -148,11 +155,11 @@ def draw(rows: dict, args: argparse.Namespace, path: Path) -> None:
     figure = Figure(figsize=(10, 4), layout="constrained")
     for axes, split in zip(figure.subplots(1, 2), ("test", "test_ood"), strict=True):
         for name in dict.fromkeys(m for of, n, m in rows if of == k and n > 0):
-            if name in ("real images alone", "standard augmentation"):
+            if name in ("real images alone", BASE):
                 continue
             at = {n: r for (of, n, m), r in rows.items() if (of, m) == (k, name)}
             if 0 in args.images:
-                at = {0: rows[k, 0, "standard augmentation"]} | at
+                at = {0: rows[k, 0, BASE]} | at
             axes.plot([*at], [np.mean([row[split] for row in r]) for r in at.values()], "o-", label=name)
         axes.set(xlabel=f"synthetic images, {k} real ones per class", ylabel=f"{split} accuracy (%)")
     axes.legend(fontsize="small")
