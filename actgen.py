@@ -250,7 +250,7 @@ def adversarial_loss(
     of the cost falls with the square, and a classifier of 32 pixels sees little of the 512.
     """
     if pixels:
-        x0 = F.interpolate(x0, (pixels // pipe.vae_scale_factor,) * 2, mode="area")
+        x0 = F.interpolate(x0, (max(1, pixels // pipe.vae_scale_factor),) * 2, mode="area")
     images = common.decode(pipe, x0, clamp=False)  # clamping would stop the gradient
     images = F.interpolate(images, (size, size), mode="bilinear", antialias=True)
     return -F.cross_entropy(classifier(images), labels, reduction="sum")
@@ -624,6 +624,7 @@ def resolve(args: Args) -> Args:
     """Fills the fields left open from the data set's recipe. Raises UserError for what cannot be."""
     args = common.fill_recipe(args, RECIPES, "actgen")
     common.check_at_least(1, args, "images_per_epoch")
+    common.check_at_least(0, args, "adversarial_pixels")
     if not 0 < args.genval_share < 1:
         raise common.UserError(f"--genval_share {args.genval_share} must lie between 0 and 1")
     return args

@@ -158,6 +158,7 @@ MISTAKES = [  # in its own process?, what is done to the folder, arguments, word
     (False, None, {"eval_every": 0}, "--eval_every"),
     (False, None, {"seed": -1}, "--seed"),
     (False, None, {"steps": 2000}, "--steps"),
+    (False, None, {"adversarial_pixels": -1}, "--adversarial_pixels -1 must be at least 0"),
     (False, None, {"genval_share": 0}, "--genval_share 0.0 must lie between 0 and 1"),
     (False, None, {"genval_share": 0.001}, "gen-val.*--genval_share"),
     (False, None, {"classifier": "resnet81"}, "unknown classifier 'resnet81'.* small_cnn, "),

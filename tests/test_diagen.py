@@ -659,6 +659,23 @@ def test_of_a_frozen_classifier_only_the_head_learns():
     assert changed == ["head.weight", "head.bias"] and losses[-1] < losses[0]
 
 
+def test_the_filter_is_trained_once_and_its_confidences_are_kept(data, tmp_path, monkeypatch):
+    trained, confidences = [], diagen.confidences
+    monkeypatch.setattr(diagen, "confidences", lambda *a: trained.append(1) or confidences(*a))
+    args = diagen.resolve(diagen.Args(variations=1, iterations=2, filter_epochs=2, out=str(tmp_path)))
+    run = common.Run(tmp_path, args, accelerator := common.make_accelerator())
+    data = common.Data(NAMES, data.train, data.test, data.test)
+    records = []
+    for i, y in enumerate(data.train.labels):
+        data.train.sources[i].save(tmp_path / "synthetic" / f"{i}.png")
+        records.append({"file_name": f"{i}.png", "label": y})
+    kept = []
+    for _ in range(2):
+        _, about = diagen.weigh(args, run, accelerator, data, records, tmp_path / "synthetic")
+        kept.append(([r["confidence"] for r in records], about["filter"]))
+    assert kept[0] == kept[1] and len(trained) == 1
+
+
 def test_the_filter_knows_images_of_the_wrong_class(few, monkeypatch):
     """Three in twelve labels of the validation split are wrong: it trains until it is too sure of the others.
 
