@@ -302,11 +302,11 @@ def test_decoding_fewer_pixels_for_the_adversarial_loss_points_the_same_way(
         common, "decode", lambda p, z, clamp: decoded.append(z.shape[-1]) or decode(p, z, clamp)
     )
     latents, gradients = common.encode(pipe, guides[0]).detach(), []
-    for pixels in (0, 32, 24):
+    for pixels in (0, 32, 24, 1):
         x0 = latents.clone().requires_grad_()
         loss = actgen.adversarial_loss(pipe, x0, guides[1], oracle, 32, pixels)
         gradients.append(torch.autograd.grad(loss, x0)[0].flatten(1))
-    assert decoded == [16, 16, 12] and torch.equal(gradients[0], gradients[1])
+    assert decoded == [16, 16, 12, 1] and torch.equal(gradients[0], gradients[1])
     alike = F.cosine_similarity(gradients[0], gradients[2])
     assert alike.mean() > 0.2 and not torch.equal(gradients[0], gradients[2])
 
