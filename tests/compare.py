@@ -162,7 +162,10 @@ def draw(rows: dict, args: argparse.Namespace, path: Path) -> None:
                 at = {0: rows[k, 0, BASE]} | at
             axes.plot([*at], [np.mean([row[split] for row in r]) for r in at.values()], "o-", label=name)
         axes.set(xlabel=f"synthetic images, {k} real ones per class", ylabel=f"{split} accuracy (%)")
-    axes.legend(fontsize="small")
+        axes.set_xscale("symlog", linthresh=min(n for n in args.images if n))
+        axes.set_xticks(args.images, [str(n) for n in args.images])
+        axes.minorticks_off()
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right center")
     figure.savefig(path, dpi=110)
 
 
