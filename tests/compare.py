@@ -15,14 +15,15 @@ goes on where it was stopped, and several processes can share the work by --firs
 compare.md and, with several numbers of images, compare.png there.
 """
 
-import argparse
 import itertools
 import json
 import math
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from transformers.hf_argparser import HfArg
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -36,6 +37,17 @@ BASE = "standard augmentation"  # what gains are counted from, seed by seed
 SHARED = dict(
     dataset="digits", classifier="small_cnn", pretrained=True, optimizer="adamw", lr=1e-3, baseline=False
 )
+
+
+@dataclass
+class Args:
+    """What is compared."""
+
+    per_class: list[int] = HfArg(default_factory=lambda: [4, 16, 64], help="real images per class")
+    images: list[int] = HfArg(default_factory=lambda: [640], help="synthetic images, all classes")
+    seeds: int = HfArg(default=5, help="seeds")
+    first_seed: int = HfArg(default=0, help="the first of them")
+    out: str = HfArg(default="runs/compare", help="where runs and tables are kept")
 
 
 def run(script, out: Path, **arguments) -> dict:
@@ -97,7 +109,7 @@ def distances(folder: Path) -> dict[str, float]:
     return common.distances_to_test(images, data, accelerator)[0]
 
 
-def main(args: argparse.Namespace) -> None:
+def main(args: Args) -> None:
     out, rows = Path(args.out), {}
     for k in args.per_class:
         for images in args.images:
@@ -147,7 +159,7 @@ def table(rows: dict, k: int, images: int) -> list[str]:
     return lines
 
 
-def draw(rows: dict, args: argparse.Namespace, path: Path) -> None:
+def draw(rows: dict, args: Args, path: Path) -> None:
     """Accuracy over the number of synthetic images, a line per method, a panel per split."""
     from matplotlib.figure import Figure
 
@@ -170,12 +182,4 @@ def draw(rows: dict, args: argparse.Namespace, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--per_class", type=int, nargs="+", default=[4, 16, 64], help="real images per class")
-    parser.add_argument("--images", type=int, nargs="+", default=[640], help="synthetic images, all classes")
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--first_seed", type=int, default=0)
-    parser.add_argument("--out", default="runs/compare")
-    main(parser.parse_args())
+    common.cli(main, Args)
