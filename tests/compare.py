@@ -15,7 +15,6 @@ goes on where it was stopped, and several processes can share the work by --firs
 compare.md and, with several numbers of images, compare.png there.
 """
 
-import itertools
 import json
 import math
 import sys
@@ -131,7 +130,7 @@ def main(args: Args) -> None:
         ),
     )
 
-    lines = list(itertools.chain(*(table(rows, k, max(args.images)) for k in args.per_class)))
+    lines = [line for k in args.per_class for line in table(rows, k, max(args.images))]
     common.write_whole(out / "compare.md", "\n".join(lines) + "\n")
     print("\n".join(lines))
     if len(args.images) > 1:
