@@ -1,10 +1,10 @@
-"""Draws README's pictures of ActGen on digits into .pictures/.
+"""Draws README's pictures of the digits world, and of what ActGen's losses change, into .pictures/.
 
     python tests/pictures.py          about two minutes on two cores
 
-actgen.png: guide | mask | generated, for twelve test digits. losses.png: the guides, then the same guides and
-seeds with no loss, with L_contra (bank: the images without a loss), with L_adv, with both; the classifier is
-the oracle. Prints, over 24 guides, its cross-entropy and the distance to the bank.
+digits.png: samples of the web pool, and masks. losses.png: twelve test digits as guides, then the same guides
+and seeds with no loss, with L_contra (bank: the images without a loss), with L_adv, with both; the classifier
+is the oracle. Prints, over 24 guides, its cross-entropy and the distance to the bank.
 """
 
 import sys
@@ -43,9 +43,6 @@ def main() -> None:
 
     plain = generate(None, 0.0, 0.0)
     bank = {y: plain.latents[labels == y] for y in range(10)}
-    masks = F.interpolate(plain.masks, (32, 32), mode="bilinear").expand(-1, 3, -1, -1)
-    triples = torch.stack([guides, masks, plain.images], 1)[:12].flatten(0, 1)
-    common.save_grid(triples, OUT / "actgen.png", columns=12, scale=2)
     rows = {"no loss": plain, "+ contrastive": generate(bank, 1.0, 0.0)}
     rows |= {"+ adversarial": generate(bank, 0.0, 0.1), "both": generate(bank, 1.0, 0.1)}
     for name, out in rows.items():
