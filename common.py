@@ -1,20 +1,17 @@
-"""What no method owns: data sets, models, training, evaluation, run folders, and the embedded world.
+"""What the three methods share: data sets, classifiers, pipelines, training, evaluation; last, the machinery.
 
-    python common.py                       train digits_sd, the embedded Stable Diffusion, again; resumable
-    pytest -s tests/test_digits_sd.py      judge it: does it draw the digit, colour and setting asked for?
+Images are float [B, 3, H, W] in [0, 1] between functions. Latents are scaled by the VAE's scaling factor.
+Every image has a random generator of its own, which is passed in, so the batch size never changes a draw.
 
-In order: the digits world, data sets, classifiers, diffusion pipelines, training, evaluation, run folders,
-pictures, the command line, and digits_sd.
-
-Images are float [B, 3, H, W] in [0, 1] between functions; latents are scaled by the VAE's scaling factor.
-Random draws come from generators passed in, one per image, so that batch size never changes a result.
+What is equal, and how far: the same command on the same machine with the same number of threads gives the
+same bits, also if it was stopped and given again. With another batch size, another number of processes or
+threads, or another processor, sums are added up in another order. Images then differ by rounding, which is a
+grey level or two of 255, unless something amplifies it: ActGen's normalised gradient steps do at a large nu,
+and so do many epochs of training.
 """
 
 import argparse
-import copy
 import dataclasses
-import errno
-import fcntl
 import itertools
 import json
 import math
@@ -23,168 +20,48 @@ import re
 import shutil
 import sys
 import textwrap
+import time
 from dataclasses import dataclass
-from functools import cache
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from filelock import FileLock, Timeout
 from PIL import Image, ImageOps
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 from tqdm.auto import tqdm
 from transformers.hf_argparser import HfArg, HfArgumentParser
 
+from digits import world
+
 ROOT = Path(__file__).resolve().parent
-
-# ----------------------------------------------------------------------------------------------------------
-# The digits world: handwritten digits, tinted, on crops of photographs (scikit-learn ships both)
-
-DIGIT_NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
-COLOURS = {
-    "red": (225, 25, 35),
-    "yellow": (250, 220, 40),
-    "green": (40, 190, 60),
-    "blue": (40, 70, 230),
-    "white": (255, 255, 255),
-    "purple": (160, 40, 200),
-}
-SETTINGS = ["temple", "flower", "plain"]
-SIZE = 32
-PIXELS_PER_DIGIT_PIXEL = 3.3  # an 8x8 digit becomes about 26 of the 32 pixels high
-MIN_CONTRAST = 0.33  # the darkest-tenth RGB distance (of sqrt(3)) between a digit and what surrounds it
+DIGITS_SD = str(ROOT / "digits" / "sd")  # the embedded Stable Diffusion
 
 
-@cache
-def digit_pools() -> dict[str, np.ndarray]:
-    """Three disjoint pools of the 1,797 digits, as indices: web (half), train and test (a quarter)."""
-    order = np.random.default_rng(0).permutation(1797)
-    return {"web": order[:898], "train": order[898:1347], "test": order[1347:]}
+class UserError(Exception):
+    """A mistake that the user can mend. Its one line says what is wrong, where, and what to do."""
 
 
-@cache
-def _sources():
-    from sklearn.datasets import load_digits, load_sample_images
-
-    digits = load_digits()
-    photos = {}
-    for name, photo in zip(["temple", "flower"], load_sample_images().images, strict=True):
-        image = Image.fromarray(photo)
-        photos[name] = image.resize((image.width // 5, image.height // 5), Image.Resampling.LANCZOS)
-    return digits.images.astype(np.float32) / 16, digits.target, photos
+def require(condition, message: str) -> None:
+    """Raises UserError(message) unless the condition holds."""
+    if not condition:
+        raise UserError(message)
 
 
-def render(digit: int, colour: str, setting: str, geometry: tuple[float, float, float, float], seed: int):
-    """One sample of the digits world: a pure function of its arguments (the same bytes every time).
-
-    digit: index in scikit-learn's load_digits (0..1796); colour: a key of COLOURS; setting: one of SETTINGS;
-    geometry: (degrees, scale, right, down), the shifts in pixels; seed: draws the crop or the plain colour.
-    A background too close to the digit's colour is drawn again, so every sample is legible.
-    Returns the image, uint8 [32, 32, 3], and the true foreground mask, bool [32, 32].
-    """
-    digits, _, photos = _sources()
-    rng = np.random.default_rng(seed)
-    degrees, scale, right, down = geometry
-    k = 1 / (PIXELS_PER_DIGIT_PIXEL * scale)
-    cos, sin = k * math.cos(math.radians(degrees)), k * math.sin(math.radians(degrees))
-    cx, cy = SIZE / 2 + right, SIZE / 2 + down
-    affine = (cos, sin, 6 - cos * cx - sin * cy, -sin, cos, 6 + sin * cx - cos * cy)  # 8x8 padded to 12x12
-    padded = Image.fromarray(np.pad(digits[digit], 2))
-    ink = padded.transform((SIZE, SIZE), Image.Transform.AFFINE, affine, Image.Resampling.BICUBIC)
-    alpha = np.clip((np.asarray(ink) - 0.3) / 0.3, 0, 1)[..., None]
-    near = F.max_pool2d(torch.from_numpy(alpha[None, ..., 0]), 5, 1, 2)[0].numpy()
-    ring = (near > 0.5) & (alpha[..., 0] < 0.2)
-
-    tint = np.array(COLOURS[colour], np.float32) / 255
-    best, background = -1.0, None
-    for _ in range(40):
-        if setting == "plain":
-            value = rng.uniform(0, 1, 3)
-            candidate = np.full((SIZE, SIZE, 3), 0.5 * value + 0.5 * value.mean(), np.float32)
-        else:
-            photo = photos[setting]
-            side = rng.uniform(0.45, 0.95) * photo.height
-            x, y = rng.uniform(0, photo.width - side), rng.uniform(0, photo.height - side)
-            crop = photo.resize((SIZE, SIZE), Image.Resampling.BILINEAR, (x, y, x + side, y + side))
-            candidate = np.asarray(crop, np.float32) / 255
-            candidate = candidate[:, ::-1] if rng.random() < 0.5 else candidate
-        distance = np.linalg.norm(candidate[ring] - tint, axis=-1) / math.sqrt(3)
-        contrast = float(np.quantile(distance, 0.1))
-        if contrast > best:
-            best, background = contrast, candidate
-        if contrast >= MIN_CONTRAST:
-            break
-    image = alpha * tint + (1 - alpha) * background
-    return np.round(255 * image).astype(np.uint8), alpha[..., 0] > 0.5
-
-
-def draw_geometry(rng: np.random.Generator) -> tuple[float, float, float, float]:
-    """A slight rotation (degrees), scale and shift (pixels)."""
-    return rng.uniform(-10, 10), rng.uniform(0.9, 1.08), rng.uniform(-2, 2), rng.uniform(-2, 2)
-
-
-def digit_caption(label: int, colour: str | None = None, setting: str | None = None) -> str:
-    """ "a photo of a red seven on a flower background"; colour and setting are optional."""
-    return (
-        f"a photo of a {colour + ' ' if colour else ''}{DIGIT_NAMES[label]}"
-        f"{f' on a {setting} background' if setting else ''}"
-    )
-
-
-def uncommon_setting(label: int) -> str:
-    """The setting in which a class is never seen in the splits `train`, `val` and `test`, as in FOCUS."""
-    return SETTINGS[label % 3]
-
-
-def render_pool(indices: np.ndarray, count: int, seed: int, settings: str = "all") -> dict:
-    """Renders `count` samples of the digits `indices`, each digit in turn.
-
-    settings: "all", "common" (a class's two) or "uncommon" (its third).
-    Returns images uint8 [N, 32, 32, 3], masks bool [N, 32, 32], labels, colours and settings int64 [N].
-    """
-    _, targets, _ = _sources()
-    out = {"images": [], "masks": [], "labels": [], "colours": [], "settings": [], "captions": []}
-    for i in range(count):
-        rng = np.random.default_rng([seed, i])
-        index = int(indices[i % len(indices)])
-        label = int(targets[index])
-        allowed = {
-            "all": SETTINGS,
-            "common": [s for s in SETTINGS if s != uncommon_setting(label)],
-            "uncommon": [uncommon_setting(label)],
-        }[settings]
-        colour, setting = list(COLOURS)[rng.integers(6)], allowed[rng.integers(len(allowed))]
-        image, mask = render(index, colour, setting, draw_geometry(rng), int(rng.integers(2**32)))
-        out["images"].append(image)
-        out["masks"].append(mask)
-        out["labels"].append(label)
-        out["colours"].append(list(COLOURS).index(colour))
-        out["settings"].append(SETTINGS.index(setting))
-        named_colour, named_setting = rng.random() < 0.5, rng.random() < 0.5
-        out["captions"].append(
-            digit_caption(label, colour if named_colour else None, setting if named_setting else None)
-        )
-    arrays = {k: np.stack(v) if k in ("images", "masks") else np.array(v) for k, v in out.items()}
-    return {k: v if k == "captions" else torch.from_numpy(v) for k, v in arrays.items()}
+def check_choice(name: str, value: str, choices) -> None:
+    """Raises UserError, which lists the choices, unless `value` is one of them."""
+    require(value in choices, f"unknown {name} '{value}'; choose one of: {', '.join(choices)}")
 
 
 # ----------------------------------------------------------------------------------------------------------
 # Data sets
 
 
-class UserError(Exception):
-    """A mistake the user can mend; its one line says what, where and what to do (exit status 2)."""
-
-
-def check_choice(name: str, value: str, choices) -> None:
-    """Raises UserError, with the choices, if `value` is none of them."""
-    if value not in choices:
-        raise UserError(f"unknown {name} '{value}'; choose one of: {', '.join(choices)}")
-
-
 class Images(torch.utils.data.Dataset):
-    """Labelled images read on demand: item i is (transform(PIL image, RGB), label).
+    """Labelled images that are read on demand: item i is (transform(PIL image in RGB), label).
 
     sources: file paths, PIL images, or (data set, index) pairs of a torchvision data set.
     """
@@ -200,11 +77,11 @@ class Images(torch.utils.data.Dataset):
         return (self.transform(image) if self.transform else image), self.labels[i]
 
     def name(self, i: int) -> str:
-        """Where image i comes from: its file, or "#i" for an image in memory."""
+        """The file of image i, or "#i" if the image does not come from a file of its own."""
         source = self.sources[i]
-        return (
-            str(source) if isinstance(source, Path) else f"#{source[1] if isinstance(source, tuple) else i}"
-        )
+        if isinstance(source, Path):
+            return str(source)
+        return f"#{source[1] if isinstance(source, tuple) else i}"
 
     def subset(self, indices, transform=None) -> "Images":
         """The images `indices`, with another transform if one is given."""
@@ -212,16 +89,20 @@ class Images(torch.utils.data.Dataset):
         sources, labels = [self.sources[i] for i in indices], [self.labels[i] for i in indices]
         return Images(sources, labels, transform or self.transform)
 
+    def transformed(self, transform) -> "Images":
+        """The same images with another transform."""
+        return Images(self.sources, self.labels, transform)
+
     def __add__(self, other: "Images") -> "Images":
         return Images(self.sources + other.sources, self.labels + other.labels, self.transform)
 
 
 @dataclass
 class Data:
-    """The splits of a data set; `val` and `test_ood` where there are such.
+    """The splits of a data set. `val` and `test_ood` are None where the data set has no such split.
 
-    `unlabelled`: further training images whose labels no method may use: what a few-shot draw left, stl10's
-    unlabelled part (labels -1).
+    unlabelled: further training images whose labels no method may use. They are what a few-shot draw left, or
+    stl10's unlabelled part (labels -1).
     """
 
     class_names: list[str]
@@ -233,7 +114,10 @@ class Data:
 
 
 def open_image(source) -> Image.Image:
-    """A PIL image in RGB, upright by its EXIF tag, first frame if animated. UserError names a bad file."""
+    """Opens a source of Images in RGB: upright by its EXIF tag, the first frame of an animation.
+
+    Raises UserError, which names the file, if it cannot be read.
+    """
     if isinstance(source, Image.Image):
         return source
     try:
@@ -252,31 +136,31 @@ def open_image(source) -> Image.Image:
 
 
 def make_transforms(size: int, augment: str):
-    """(training, evaluation) transforms from PIL to float [3, size, size] in [0, 1].
+    """The training and the evaluation transform, from PIL to float [3, size, size] in [0, 1].
 
-    augment: "digits" (shifts), "crop" (CIFAR: padded crop and flip), "resized" (ImageNet: random resized crop
-    and flip) or "none"; with "+randaugment" after it RandAugment (Cubuk et al. 2019) comes on top.
+    augment: "digits" (shifts), "crop" (CIFAR's padded crop and flip), "resized" (ImageNet's random resized
+    crop and flip) or "none". "+randaugment" after any of them adds RandAugment (Cubuk et al. 2019).
     """
     from torchvision.transforms import v2
 
-    tensor = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True)]
+    to_tensor = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True)]
     square = [v2.Resize(size), v2.CenterCrop(size)]
     pad = max(1, size // 8)
-    plain = augment.removesuffix("+randaugment")
-    train = {
+    kind = augment.removesuffix("+randaugment")
+    kinds = {
         "digits": [*square, v2.RandomCrop(size, padding=pad // 2, padding_mode="reflect")],
         "crop": [*square, v2.RandomCrop(size, padding=pad), v2.RandomHorizontalFlip()],
         "resized": [v2.RandomResizedCrop(size), v2.RandomHorizontalFlip()],
         "none": square,
     }
-    check_choice("augment", plain, train)
-    train = train[plain] + ([v2.RandAugment()] if augment != plain else [])
-    margin = [v2.Resize(round(size / 0.875)), v2.CenterCrop(size)] if plain == "resized" else square
-    return v2.Compose(train + tensor), v2.Compose(margin + tensor)
+    check_choice("augment", kind, kinds)
+    randaugment = [v2.RandAugment()] if augment != kind else []
+    evaluation = [v2.Resize(round(size / 0.875)), v2.CenterCrop(size)] if kind == "resized" else square
+    return v2.Compose(kinds[kind] + randaugment + to_tensor), v2.Compose(evaluation + to_tensor)
 
 
 def english(name: str) -> str:
-    """A class name as it reads in a prompt: spaces for underscores, "AnnualCrop" -> "annual crop"."""
+    """A class name as it reads in a prompt: spaces for underscores, "AnnualCrop" becomes "annual crop"."""
     if re.fullmatch(r"(?:[A-Z][a-z]+){2,}", name):
         name = re.sub(r"(?<!^)([A-Z])", r" \1", name).lower()
     return " ".join(name.replace("_", " ").split())
@@ -294,36 +178,37 @@ def load_data(
     seed: int = 0,
     unlabelled: bool = False,
 ) -> Data:
-    """The splits of one of DATASETS, its training split cut to `per_class` images a class if that is > 0.
+    """Loads one of DATASETS.
 
-    data_dir: where the files are or are downloaded to (torchvision's layouts; coco: `annotations/` beside
-    `train2017/` and `val2017/`; folder: `train/CLASS/*`, `test/CLASS/*`, optional `val/` and `test_ood/`).
-    unlabelled: stl10's large unlabelled part, too.
-    Raises UserError for an unknown name, missing files, an empty class, too few images of a class.
+    data_dir: where the files are, or are downloaded to, in torchvision's layouts. coco: `annotations/` beside
+    `train2017/` and `val2017/`. folder: `train/CLASS/*`, `test/CLASS/*`, and optionally `val/` and
+    `test_ood/`.
+    size, augment: see make_transforms
+    per_class: draws so many training images of each class; 0 takes all
+    unlabelled: also loads stl10's large unlabelled part
+
+    Raises UserError for an unknown name, missing files, an empty class, or too few images of a class.
     """
     check_choice("dataset", name, DATASETS)
-    train, rest = make_transforms(size, augment)
+    augmented, plain = make_transforms(size, augment)
     loaders = {"digits": _digits, "folder": _folder, "coco": _coco}
     data = loaders[name](data_dir) if name in loaders else _torchvision(name, data_dir, unlabelled)
     data.class_names = [english(n) for n in data.class_names]
-    data.train.transform = train
+    data.train.transform = augmented
     for split in (data.test, data.val, data.test_ood):
         if split is not None:
-            split.transform = rest
+            split.transform = plain
     counts = np.bincount(data.train.labels, minlength=len(data.class_names))
-    if counts.min() == 0:
-        empty = data.class_names[int(counts.argmin())]
-        raise UserError(f"no training images of the class '{empty}' in {data_dir or name}")
+    fewest, rarest = counts.min(), data.class_names[counts.argmin()]
+    require(fewest > 0, f"no training images of the class '{rarest}' in {data_dir or name}")
     if per_class:
-        if counts.min() < per_class:
-            worst = int(counts.argmin())
-            raise UserError(
-                f"{per_class} images per class asked for, but class '{data.class_names[worst]}' has "
-                f"{counts[worst]}; lower --examples_per_class"
-            )
+        require(
+            fewest >= per_class,
+            f"--examples_per_class {per_class}: the class '{rarest}' has only {fewest} training images",
+        )
         drawn = draw_per_class(data.train.labels, per_class, seed)
-        rest = np.setdiff1d(np.arange(len(data.train)), drawn)
-        data.unlabelled = data.unlabelled or data.train.subset(rest)
+        left = np.setdiff1d(np.arange(len(data.train)), drawn)
+        data.unlabelled = data.unlabelled or data.train.subset(left)
         data.train = data.train.subset(drawn)
     return data
 
@@ -337,7 +222,7 @@ def draw_per_class(labels, per_class: int, seed: int) -> np.ndarray:
 
 
 def split_per_class(labels, share: float, seed: int, at_least: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """(rest, held out): a random `share` of each class held out, rounded, or `at_least` so many images."""
+    """Holds out a random `share` of each class, at least `at_least` images: indices (others, held out)."""
     labels, rng = np.asarray(labels), np.random.default_rng(seed)
     held = [
         rng.permutation(np.flatnonzero(labels == c))[: max(at_least, round(share * np.sum(labels == c)))]
@@ -347,55 +232,38 @@ def split_per_class(labels, share: float, seed: int, at_least: int = 0) -> tuple
     return np.setdiff1d(np.arange(len(labels)), held), held
 
 
-@cache
-def _digit_splits():
-    pool = digit_pools()
-    parts = {  # name: (digits, renders, settings)
-        "train": (pool["train"][:300], 1200, "common"),
-        "val": (pool["train"][300:], 596, "common"),
-        "test": (pool["test"], 1800, "common"),
-        "test_ood": (pool["test"], 1800, "uncommon"),
-    }
-    splits = {}
-    for i, (name, (digits, count, settings)) in enumerate(parts.items()):
-        r = render_pool(digits, count, 100 + i, settings)
-        splits[name] = ([Image.fromarray(x) for x in r["images"].numpy()], r["labels"].tolist())
-    return splits
-
-
 def _digits(_) -> Data:
-    return Data(class_names=DIGIT_NAMES, **{k: Images(*v) for k, v in _digit_splits().items()})
+    return Data(class_names=world.NAMES, **{name: Images(*split) for name, split in world.splits().items()})
 
 
 def _folder(root: str) -> Data:
-    extensions = set(Image.registered_extensions()) - {".pdf", ".mpg", ".mpeg"}
     root, splits, names = Path(root), {}, None
     for split in ("train", "test", "val", "test_ood"):
         folder = root / split
         if not folder.is_dir():
-            if split in ("train", "test"):
-                raise UserError(
-                    f"{folder} is missing; a folder data set has {root}/train/CLASS/* and test/CLASS/*"
-                )
+            layout = f"a folder data set has {root}/train/CLASS/* and {root}/test/CLASS/*"
+            require(split not in ("train", "test"), f"{folder} is missing; {layout}")
             continue
         classes = sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+        require(classes, f"{folder} has no class folders")
         names = names or classes
         unknown = sorted(set(classes) - set(names))
-        if unknown or not classes:
-            raise UserError(
-                f"{folder} " + (f"has '{unknown[0]}', train/ not" if unknown else "has no classes")
-            )
+        require(
+            not unknown, f"{folder} has a class '{''.join(unknown[:1])}' that {root / 'train'} does not have"
+        )
         sources, labels = [], []
-        for c in classes:
-            files = sorted(
-                p for p in (folder / c).rglob("*") if p.suffix.lower() in extensions and p.name[0] != "."
-            )
-            if not files:
-                raise UserError(f"the class folder {folder / c} has no images")
+        for name in classes:
+            files = _image_files(folder / name)
+            require(files, f"the class folder {folder / name} has no images")
             sources += files
-            labels += [names.index(c)] * len(files)
+            labels += [names.index(name)] * len(files)
         splits[split] = Images(sources, labels)
     return Data(class_names=names, **splits)
+
+
+def _image_files(folder: Path) -> list[Path]:
+    extensions = set(Image.registered_extensions()) - {".pdf", ".mpg", ".mpeg"}
+    return sorted(p for p in folder.rglob("*") if p.suffix.lower() in extensions and p.name[0] != ".")
 
 
 def _coco(root: str) -> Data:
@@ -407,18 +275,17 @@ def _coco(root: str) -> Data:
             categories = sorted(annotations["categories"], key=lambda c: c["id"])
             largest = {}  # image id -> (area, category id) of its largest object
             for a in annotations["annotations"]:
-                largest[a["image_id"]] = max(
-                    largest.get(a["image_id"], (0, 0)), (a["area"], a["category_id"])
-                )
+                known, found = largest.get(a["image_id"], (0, 0)), (a["area"], a["category_id"])
+                largest[a["image_id"]] = max(known, found)
             files = {i["id"]: Path(root) / year / i["file_name"] for i in annotations["images"]}
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"cannot read the COCO annotations {path}: {error!r}") from None
         if names is None:
             present = {category for _, category in largest.values()}
-            kept = [c["id"] for c in categories if c["id"] in present]
+            ids = [c["id"] for c in categories if c["id"] in present]
             names = [c["name"] for c in categories if c["id"] in present]
-        chosen = [(files[i], kept.index(c)) for i, (_, c) in sorted(largest.items()) if c in kept]
-        splits[split] = Images([f for f, _ in chosen], [c for _, c in chosen])
+        chosen = [(files[i], ids.index(c)) for i, (_, c) in sorted(largest.items()) if c in ids]
+        splits[split] = Images([file for file, _ in chosen], [label for _, label in chosen])
     return Data(class_names=names, **splits)
 
 
@@ -449,11 +316,11 @@ def _torchvision(name: str, root: str, unlabelled: bool = False) -> Data:
                 f"{name} is not in {root} and could not be downloaded ({reason}); put its files there"
             ) from None
 
-    def images(dataset, labels=None) -> Images:
-        if labels is None:
-            for attribute in ("targets", "labels", "y", "_labels"):
-                labels = getattr(dataset, attribute, labels)
-            labels = [target for _, target in dataset._samples] if labels is None else labels
+    def images(dataset) -> Images:
+        labels = None
+        for attribute in ("targets", "labels", "y", "_labels"):
+            labels = getattr(dataset, attribute, labels)
+        labels = [target for _, target in dataset._samples] if labels is None else labels
         return Images([(dataset, i) for i in range(len(labels))], labels)
 
     train = load(True)
@@ -461,8 +328,8 @@ def _torchvision(name: str, root: str, unlabelled: bool = False) -> Data:
     names = [n if isinstance(n, str) else n[0] for n in names]
     if name in ("caltech101", "eurosat"):  # no official split: a fifth of each class is the test split
         everything = images(train)
-        rest, held = split_per_class(everything.labels, 0.2, seed=0)
-        return Data(names, everything.subset(rest), everything.subset(held))
+        others, held = split_per_class(everything.labels, 0.2, seed=0)
+        return Data(names, everything.subset(others), everything.subset(held))
     data = Data(names, images(train), images(load(False)))
     if name == "stl10" and unlabelled:
         data.unlabelled = images(tv.STL10(root, split="unlabeled"))
@@ -474,7 +341,7 @@ def _torchvision(name: str, root: str, unlabelled: bool = False) -> Data:
 
 
 class SmallCNN(nn.Module):
-    """Five 3x3 convolutions with batch norm for small images: [B, 3, H, W] -> [B, outputs]."""
+    """Five 3x3 convolutions with batch norm, for small images: [B, 3, H, W] in [0, 1] -> [B, outputs]."""
 
     def __init__(self, outputs: int, width: int = 24):
         super().__init__()
@@ -491,7 +358,7 @@ class SmallCNN(nn.Module):
 
 
 class Normalised(nn.Module):
-    """A torchvision classifier behind its normalisation: takes [B, 3, H, W] in [0, 1], gives logits."""
+    """A classifier behind its normalisation: images [B, 3, H, W] in [0, 1] -> logits."""
 
     def __init__(self, model: nn.Module, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)):
         super().__init__()
@@ -504,7 +371,7 @@ class Normalised(nn.Module):
 
 
 class CLIPClassifier(nn.Module):
-    """CLIP's image encoder and a linear head that starts as the zero-shot classifier of the class names."""
+    """CLIP's image encoder and a linear head, which starts as the zero-shot classifier of the class names."""
 
     def __init__(self, model_id: str, class_names: list[str]):
         super().__init__()
@@ -536,64 +403,54 @@ CLASSIFIERS = "small_cnn resnet18 resnet50 resnet152 wide_resnet50_2 vgg16 vit_s
 def build_classifier(
     name: str, class_names: list[str], size: int, pretrained: bool = False, clip: str = ""
 ) -> nn.Module:
-    """One of CLASSIFIERS for images [B, 3, size, size] in [0, 1] -> logits [B, len(class_names)].
+    """Builds one of CLASSIFIERS: images [B, 3, size, size] in [0, 1] -> logits [B, len(class_names)].
 
-    ResNets get the CIFAR stem (3x3, stride 1, no pooling) up to 64 pixels; pretrained: torchvision's ImageNet
-    weights (downloaded), for the small CNN train_backbone's; clip: model id or folder of the CLIP classifier,
-    which is always pretrained.
+    pretrained: torchvision's ImageNet weights, downloaded; for the small CNN those of digits/backbone.
+    clip: the model id or folder of the CLIP classifier, which is always pretrained.
+    Raises UserError if there is no such classifier, or no such pretrained one.
     """
-    from torchvision import models
-
-    classes = len(class_names)
+    check_choice("classifier", name, CLASSIFIERS)
     if name == "small_cnn":
-        model = SmallCNN(classes)
+        model = SmallCNN(len(class_names))
         if pretrained:
-            model.features.load_state_dict(load_file(ROOT / "digits_sd" / "backbone" / "model.safetensors"))
+            model.features.load_state_dict(load_file(ROOT / "digits" / "backbone" / "model.safetensors"))
         return model
     if name == "clip":
         return Normalised(CLIPClassifier(clip, class_names), *CLIP_MEAN_STD)
-    check_choice("classifier", name, CLASSIFIERS)
     try:
-        if name == "vit_s_16":
-            if pretrained:
-                raise UserError(
-                    "torchvision has no pretrained vit_s_16; take vit_b_16, or --pretrained false"
-                )
-            model = models.VisionTransformer(size, 16, 12, 6, 384, 1536, num_classes=classes)
-        else:
-            if name == "vit_b_16" and pretrained and size != 224:
-                raise UserError("a pretrained vit_b_16 takes images of 224 pixels; see --image_size")
-            extra = {"image_size": size} if name == "vit_b_16" and not pretrained else {}
-            name = "vgg16_bn" if name == "vgg16" else name
-            model = models.get_model(name, weights="DEFAULT" if pretrained else None, **extra)
+        return Normalised(_torchvision_classifier(name, len(class_names), size, pretrained))
     except OSError as error:
-        raise UserError(f"pretrained weights of {name} could not be downloaded ({error})") from None
-    if "resnet" in name:
-        if size <= 64:
-            model.conv1, model.maxpool = nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.Identity()
-        model.fc = nn.Linear(model.fc.in_features, classes)
-    elif name == "vgg16_bn":
-        model.classifier[-1] = nn.Linear(4096, classes)
-    else:
-        model.heads.head = nn.Linear(model.heads.head.in_features, classes)
-    return Normalised(model)
+        raise UserError(f"the pretrained weights of {name} could not be downloaded ({error})") from None
+
+
+def _torchvision_classifier(name: str, classes: int, size: int, pretrained: bool) -> nn.Module:
+    from torchvision import models
+
+    if name == "vit_s_16":
+        require(not pretrained, "torchvision has no pretrained vit_s_16; use vit_b_16 or --pretrained false")
+        return models.VisionTransformer(size, 16, 12, 6, 384, 1536, num_classes=classes)
+    options = {"weights": "DEFAULT" if pretrained else None}
+    if name == "vit_b_16":
+        require(size == 224 or not pretrained, "a pretrained vit_b_16 needs --image_size 224")
+        options["image_size"] = size
+    model = models.get_model("vgg16_bn" if name == "vgg16" else name, **options)
+    if "resnet" in name and size <= 64:  # the CIFAR stem: 3x3, stride 1, no pooling
+        model.conv1, model.maxpool = nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.Identity()
+    name, head = last_linear(model)
+    model.set_submodule(name, nn.Linear(head.in_features, classes))
+    return model
+
+
+def last_linear(classifier: nn.Module) -> tuple[str, nn.Linear]:
+    """The name of a classifier's last linear layer, and the layer."""
+    return [(name, m) for name, m in classifier.named_modules() if isinstance(m, nn.Linear)][-1]
 
 
 def split_head(classifier: nn.Module) -> tuple[nn.Module, nn.Linear]:
-    """(backbone, head): the classifier, its last linear layer replaced by the identity, and that layer."""
-    name, head = [(n, m) for n, m in classifier.named_modules() if isinstance(m, nn.Linear)][-1]
+    """Splits a classifier into its backbone, whose last linear layer becomes the identity, and that layer."""
+    name, head = last_linear(classifier)
     classifier.set_submodule(name, nn.Identity())
     return classifier, head
-
-
-ORACLE_KEYS, ORACLE_HEADS = ["labels", "colours", "settings"], [10, 6, 3]
-
-
-def load_oracle(folder: Path = ROOT / "digits_sd") -> SmallCNN:
-    """The web pool's classifier: logits [B, 19] of 10 digits, 6 colours, 3 settings."""
-    oracle = SmallCNN(sum(ORACLE_HEADS), width=32)
-    oracle.load_state_dict(load_file(folder / "oracle" / "model.safetensors"))
-    return oracle.float().eval().requires_grad_(False)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -601,48 +458,53 @@ def load_oracle(folder: Path = ROOT / "digits_sd") -> SmallCNN:
 
 
 def from_pretrained(cls, model_id: str, **options):
-    """cls.from_pretrained, with one clear line when the model cannot be loaded."""
+    """cls.from_pretrained, but a model that cannot be loaded ends in one line."""
     try:
         return cls.from_pretrained(model_id, **options)
     except Exception as error:
-        text = " ".join(str(error).split())
-        local = Path(model_id).exists() or model_id.startswith((".", "/"))
-        if "gated" in text.lower() or "401" in text or "403" in text:
-            advice = "it is gated or private: accept its licence on the hub and run `hf auth login`"
-        elif local:
-            advice = "the folder is missing, incomplete or of another kind"
-        elif "404" in text or "not a valid" in text or "is not a local folder" in text.lower():
-            advice = "no such model on the hub; check the id"
-        else:
-            advice = "no network? download it once while online, or name a local folder"
-        raise UserError(f"cannot load the model '{model_id}': {advice} ({text[:160]})") from None
+        advice = "no such folder; a model id of the hub needs a network and, if it is gated, its licence"
+        if Path(model_id).exists():
+            advice = "the folder is incomplete or holds a model of another kind"
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(f"cannot load the model '{model_id}': {advice} ({reason})") from None
 
 
-def load_pipeline(model_id: str, device: torch.device | str = "cpu", dtype: torch.dtype | None = None):
-    """A frozen StableDiffusionPipeline with DDPM sampling and no safety checker; bf16 on a GPU, else fp32."""
+def native_dtype(device: torch.device) -> torch.dtype:
+    """bf16 on a GPU that computes in it, fp16 on an older GPU, else fp32."""
+    if device.type != "cuda":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+
+def load_pipeline(
+    model_id: str,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    gradient_checkpointing: bool = False,
+):
+    """Loads a frozen StableDiffusionPipeline with DDPM sampling and without safety checker.
+
+    dtype: by default native_dtype(device)
+    gradient_checkpointing: gradients through U-Net and decoder take less memory and more time
+    """
     from diffusers import DDPMScheduler, StableDiffusionPipeline
     from diffusers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     device = torch.device(device)
-    dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+    dtype = dtype or native_dtype(device)
     options = {"dtype": dtype, "safety_checker": None, "requires_safety_checker": False}
     pipe = from_pretrained(StableDiffusionPipeline, model_id, **options).to(device)
-    pipe.scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
+    pipe.scheduler = DDPMScheduler.from_config(pipe.scheduler.config, clip_sample=False)  # as in ddim()
     for part in (pipe.unet, pipe.vae, pipe.text_encoder):
         part.eval().requires_grad_(False)
-    pipe.unet.to(memory_format=torch.channels_last)
-    pipe.vae.to(memory_format=torch.channels_last)
+    for part in (pipe.unet, pipe.vae):
+        part.to(memory_format=torch.channels_last)
+        if gradient_checkpointing:
+            part.enable_gradient_checkpointing()
     pipe.set_progress_bar_config(disable=True)
     return pipe
-
-
-def checkpoint_gradients(pipe, on: bool) -> None:
-    """Gradients through U-Net and decoder keep few activations and compute the others twice, if `on`."""
-    if on:
-        pipe.unet.enable_gradient_checkpointing()
-        pipe.vae.enable_gradient_checkpointing()
 
 
 def resolution(pipe) -> int:
@@ -651,7 +513,7 @@ def resolution(pipe) -> int:
 
 
 def encode(pipe, images: torch.Tensor) -> torch.Tensor:
-    """[B, 3, H, W] in [0, 1] -> scaled latents [B, C, h, w] (the posterior's mode, so no randomness)."""
+    """Images [B, 3, H, W] in [0, 1] -> scaled latents [B, C, h, w], the posterior's mode: not random."""
     images = (2 * images - 1).to(pipe.device, pipe.vae.dtype)
     return pipe.vae.encode(images).latent_dist.mode() * pipe.vae.config.scaling_factor
 
@@ -659,7 +521,7 @@ def encode(pipe, images: torch.Tensor) -> torch.Tensor:
 def decode(pipe, latents: torch.Tensor, clamp: bool = True) -> torch.Tensor:
     """Scaled latents [B, C, h, w] -> images [B, 3, H, W] in [0, 1], float32; differentiable.
 
-    clamp=False leaves values outside [0, 1], where clamping would stop the gradient.
+    clamp=False leaves values outside of [0, 1], where clamping would stop the gradient.
     """
     images = pipe.vae.decode(latents.to(pipe.vae.dtype) / pipe.vae.config.scaling_factor).sample
     images = images.float() / 2 + 0.5
@@ -667,24 +529,28 @@ def decode(pipe, latents: torch.Tensor, clamp: bool = True) -> torch.Tensor:
 
 
 def ddim(pipe, steps: int, strength: float):
-    """A DDIMScheduler set to `steps`, and the last `strength` of its timesteps [S], first to last.
+    """A DDIMScheduler set to `steps`, and the last `strength` of its timesteps [S], in the order of sampling.
 
-    Raises UserError if there is no step, or one the model was not trained for (SD's have an offset).
+    Raises UserError if no step is left, or if the model was not trained for one (SD's timesteps have an
+    offset).
     """
     from diffusers import DDIMScheduler
 
-    scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    # never clip latents: other schedulers' configs leave clip_sample to DDIM's default, True
+    scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
     trained, used = scheduler.config.num_train_timesteps, int(steps * strength)
     if 1 <= used <= steps <= trained:
         scheduler.set_timesteps(steps)
         timesteps = scheduler.timesteps[steps - used :]
         if timesteps[0] < trained:
             return scheduler, timesteps
-    raise UserError(f"--steps {steps} at --strength {strength} leaves no valid step")
+    raise UserError(
+        f"--steps {steps} with --strength {strength} leaves no step that the model was trained for"
+    )
 
 
 def generator(*key: int) -> torch.Generator:
-    """A CPU generator seeded by any integers: one per image makes draws independent of batch and device."""
+    """A CPU generator seeded by any integers. One per image makes draws independent of batch and device."""
     return torch.Generator().manual_seed(
         int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
     )
@@ -703,51 +569,89 @@ def make_optimizer(name: str, model: nn.Module, lr: float, weight_decay: float) 
     return kinds[name](parameters, lr, weight_decay=weight_decay, **options)
 
 
+def new_classifier(args, accelerator, class_names: list[str], wrap=lambda net: net):
+    """A new classifier by the arguments: (the network, the model to train over all processes, its optimizer).
+
+    wrap: changes the network before the optimizer sees it, such as a frozen backbone or several heads
+    """
+    torch.manual_seed(args.seed)
+    net = wrap(build_classifier(args.classifier, class_names, args.image_size, args.pretrained, args.clip))
+    optimizer = make_optimizer(args.optimizer, net, args.lr, args.weight_decay)
+    return net, *accelerator.prepare(net, optimizer)
+
+
 def cosine(progress: float, warmup: float = 0.0) -> float:
-    """Learning-rate factor: linear warm-up over the share `warmup`, then half a cosine down to 0."""
+    """The learning-rate factor at `progress` in [0, 1]: linear warm-up, then half a cosine down to 0."""
     if progress < warmup:
         return progress / warmup
     return 0.5 * (1 + math.cos(math.pi * (progress - warmup) / (1 - warmup)))
 
 
 def averaged(model: nn.Module, decay: float) -> nn.Module:
-    """An exponential moving average of the weights and buffers; decay 0 follows the model exactly."""
+    """An exponential moving average of the weights and buffers; update_parameters(model) advances it."""
     average = torch.optim.swa_utils.get_ema_multi_avg_fn(decay)
     return torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=average, use_buffers=True)
 
 
+class Best:
+    """The weights of the epoch with the highest score so far: early stopping, and a part of a checkpoint."""
+
+    def __init__(self):
+        self.epoch, self.score, self.weights = -1, -math.inf, None
+
+    def update(self, epoch: int, score: float, net: nn.Module) -> None:
+        """Keeps a copy of the network's weights if the score is higher than every earlier one."""
+        if score > self.score:
+            self.epoch, self.score = epoch, score
+            self.weights = {k: v.clone() for k, v in net.state_dict().items()}
+
+    def state_dict(self) -> dict:
+        return vars(self)
+
+    def load_state_dict(self, state: dict) -> None:
+        vars(self).update(state)
+
+
 def seed_everything(*key: int) -> None:
-    """Seeds Python's, NumPy's and torch's global generators (shuffling, augmentation) from any integers."""
+    """Seeds the global generators of Python, NumPy and torch (shuffling, augmentation) with any integers."""
     from accelerate.utils import set_seed
 
     set_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
 
 
 def make_accelerator():
-    """Accelerate's engine: bf16 on a GPU, fp32 on the CPU; batches are split over the processes."""
-    from accelerate import Accelerator
+    """Accelerate's engine, which splits each batch over the processes.
+
+    The precision is the one that `accelerate launch --mixed_precision` names, else that of native_dtype.
+    Processes wait for one another as long as it takes: one may ask a language model meanwhile.
+    """
+    from accelerate import Accelerator, InitProcessGroupKwargs
     from accelerate.utils import DataLoaderConfiguration
 
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    native = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "no"}[native_dtype(device)]
+    named = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")  # the launcher sets "no" if it was not told
     return Accelerator(
-        mixed_precision="bf16" if torch.cuda.is_available() else "no",
+        mixed_precision=native if named == "no" else named,
         dataloader_config=DataLoaderConfiguration(split_batches=True),
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))],
     )
 
 
 def make_loader(
     images: Images, batch_size: int, accelerator, shuffle: bool = False, workers: int = 0, samples: int = 0
 ):
-    """A DataLoader split over the processes; batch_size counts all of them.
+    """A DataLoader that splits each batch over the processes; batch_size counts all of them.
 
-    samples: draw this many images, in random order, again and again if there are fewer.
+    samples: draws so many images in random order, again and again if there are fewer
     """
     # Accelerator.prepare would keep every loader alive
     from accelerate.data_loader import prepare_data_loader
 
-    if batch_size % accelerator.num_processes:
-        raise UserError(
-            f"--batch_size {batch_size} cannot be split over {accelerator.num_processes} processes"
-        )
+    processes = accelerator.num_processes
+    require(
+        batch_size % processes == 0, f"--batch_size {batch_size} is not a multiple of {processes} processes"
+    )
     options = {"num_workers": workers, "pin_memory": accelerator.device.type == "cuda"}
     if samples:
         options["sampler"] = torch.utils.data.RandomSampler(images, num_samples=samples)
@@ -764,7 +668,10 @@ def make_loader(
 
 
 def train_epoch(model, loader, optimizer, lr_at, accelerator, ema=None) -> dict[str, float]:
-    """One pass of cross-entropy training; lr_at(i) is batch i's learning rate. Returns loss and accuracy."""
+    """Trains for one pass over the loader with cross-entropy. Returns the mean loss and the accuracy.
+
+    lr_at(i): the learning rate of batch i; ema: the moving average to advance, if any
+    """
     model.train()
     total, loss_sum, correct = 0, torch.zeros((), device=accelerator.device), 0
     for i, (x, y) in enumerate(loader):
@@ -786,14 +693,13 @@ def train_epoch(model, loader, optimizer, lr_at, accelerator, ema=None) -> dict[
 
 
 def finite(loss: torch.Tensor) -> float:
-    """A sum of training losses as a number. Raises UserError if it is none."""
-    if not torch.isfinite(loss):
-        raise UserError("the training loss is not a number; lower --lr")
+    """A sum of training losses as a number. Raises UserError if it is infinite or NaN."""
+    require(torch.isfinite(loss), "the training loss is not a number; lower --lr")
     return float(loss)
 
 
 def share_buffers(accelerator, *models) -> None:
-    """Batch-norm statistics: every process judges with those of the first one."""
+    """Gives every process the batch-norm statistics of the first, so that all judge alike."""
     if accelerator.num_processes > 1:
         for buffer in itertools.chain(*(model.buffers() for model in models if model is not None)):
             torch.distributed.broadcast(buffer, 0)
@@ -805,7 +711,10 @@ def share_buffers(accelerator, *models) -> None:
 
 @torch.no_grad()
 def predict(model, images: Images, accelerator, workers: int = 0, batch_size: int = 64):
-    """(logits [N, K], labels [N]) of all images, on the CPU, the same on every process of batch_size."""
+    """The logits [N, K] and labels [N] of all images, on the CPU and equal on every process.
+
+    batch_size: of each process
+    """
     model.eval()
     outputs = []
     for x, y in make_loader(images, batch_size * accelerator.num_processes, accelerator, workers=workers):
@@ -816,7 +725,10 @@ def predict(model, images: Images, accelerator, workers: int = 0, batch_size: in
 
 
 def evaluate(model, data: Data, accelerator, workers: int = 0) -> dict[str, dict]:
-    """Scores of a classifier (its first head, if there are several) on test and, if any, test_ood and val."""
+    """The scores of a classifier on test and, where there are such splits, test_ood and val.
+
+    Of a classifier with several heads the first counts.
+    """
     splits, judged = {"test": data.test, "test_ood": data.test_ood, "val": data.val}, {}
     for name, images in splits.items():
         if images is not None:
@@ -826,7 +738,7 @@ def evaluate(model, data: Data, accelerator, workers: int = 0) -> dict[str, dict
 
 
 def scores(logits: torch.Tensor, labels: torch.Tensor) -> dict:
-    """Top-1, top-5, negative log-likelihood, calibration error (15 bins) and per-class accuracy."""
+    """Top-1, top-5, negative log-likelihood, expected calibration error (15 bins) and accuracy per class."""
     from torchmetrics.functional.classification import multiclass_calibration_error
 
     classes = logits.shape[1]
@@ -843,61 +755,8 @@ def scores(logits: torch.Tensor, labels: torch.Tensor) -> dict:
     }
 
 
-def judge_digits(images: Images, accelerator) -> tuple[torch.Tensor, torch.Tensor]:
-    """The oracle's features [N, 128] of images of the digits world, and the digits it reads [N]."""
-    oracle = load_oracle().to(accelerator.device)
-    head, oracle.fc = oracle.fc.cpu(), nn.Identity()
-    features, _ = predict(oracle, images, accelerator)
-    return features, head(features)[:, : ORACLE_HEADS[0]].argmax(1)
-
-
-def distribution_distances(real: torch.Tensor, fake: torch.Tensor, k: int = 3) -> dict[str, float]:
-    """FID, KID (unbiased polynomial MMD^2), precision and recall of features fake [M, D] against real [N, D].
-
-    Precision (recall): the share of fake (real) features inside the real (fake) manifold, the union of balls
-    that reach each point's k-th neighbour (Kynkaanniemi et al. 2019).
-    """
-    from torchmetrics.image.fid import FrechetInceptionDistance
-    from torchmetrics.image.kid import KernelInceptionDistance
-
-    identity = nn.Identity()
-    identity.num_features = real.shape[1]
-    size = min(len(real), len(fake), 1000)
-    fid = FrechetInceptionDistance(identity)
-    kid = KernelInceptionDistance(identity, subsets=1, subset_size=size)
-    for metric in (fid, kid):
-        metric.update(real, real=True)
-        metric.update(fake, real=False)
-
-    def inside(points, manifold):
-        # the nearest neighbour, at distance 0, is the point itself
-        radius = torch.cdist(manifold, manifold).kthvalue(k + 1, dim=1).values
-        return (torch.cdist(points, manifold) <= radius).any(1).float().mean().item()
-
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)  # KID compares random subsets
-        mean_kid = kid.compute()[0].item()
-    return {
-        "fid": fid.compute().item(),
-        "kid": mean_kid,
-        "precision": inside(fake, real),
-        "recall": inside(real, fake),
-    }
-
-
-def distances_to_test(images: Images, data: Data, accelerator) -> tuple[dict[str, float], torch.Tensor]:
-    """On digits: distribution_distances of `images` to the real `test` images, and the digits that are read.
-
-    "oracle": the share of images whose label is read. They have the transform of `test`.
-    """
-    real, _ = judge_digits(data.test, accelerator)
-    fake, read = judge_digits(images, accelerator)
-    right = (read == torch.tensor(images.labels)).float().mean().item()
-    return distribution_distances(real, fake) | {"oracle": right}, read
-
-
 def confidence_interval(values) -> tuple[float, float]:
-    """Mean and half-width of the 95 % interval (Student's t); the half-width of one value is NaN."""
+    """The mean, and half the width of the 95 % interval (Student's t), which is NaN for a single value."""
     from scipy.stats import t
 
     values = np.asarray(values, float)
@@ -909,139 +768,230 @@ def confidence_interval(values) -> tuple[float, float]:
 
 
 def interval_text(values, sign: str = "") -> str:
-    """Mean ± half-width of the 95 % interval; one value stands alone. sign "+": a plus before a gain."""
+    """The mean ± half the width of the 95 % interval; a single value alone. sign "+": a plus for gains."""
     mean, half = confidence_interval(values)
     return f"{mean:{sign}.1f}" + (f" ± {half:.1f}" if len(values) > 1 else "")
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Run folders: checkpoints, images, records
+# ==========================================================================================================
+# MACHINERY: skip on a first reading. Run folders, files, pictures, the command line.
+# ==========================================================================================================
 
 
 class Run:
-    """A run folder: config.json, metrics.jsonl, checkpoints, result.json. Only the main process writes."""
+    """A run folder. Four verbs let a run that was stopped at any moment go on to the same result:
 
-    def __init__(self, path: str | Path, args, accelerator, free: tuple[str, ...] = ()):
-        """Opens or creates the folder. `free` names the arguments that may differ when a run goes on.
+        for epoch in run.epochs("ActGen", 300, net=net)    the epochs still to do, a checkpoint after each
+        value = run.once("plan.json", compute, ...)        computed once, then read from its file
+        for batch in run.missing("drawing", files, 8)      batches of `files` that are not on disk yet
+        run.keep(images, files)                            writes the images of a batch
 
-        Raises UserError when the folder holds a run with other arguments or is in use by another process.
+    config.json marks a begun run: from run.begin() on, other arguments are an error. Several processes may
+    share the folder. The main process alone writes, but for the images, which each process writes itself.
+    """
+
+    def __init__(self, args, accelerator, free: tuple[str, ...] = ("seeds",)):
+        """Opens or creates the folder args.out.
+
+        free: arguments that may change when a run goes on
+
+        Raises UserError if another process uses the folder, or if it holds a run with other arguments.
         """
-        self.path, self.main = Path(path), accelerator.is_main_process
-        config = {k: v for k, v in vars(args).items()}
+        self.path, self.accelerator, self.main = Path(args.out), accelerator, accelerator.is_main_process
+        self.wait = accelerator.wait_for_everyone
+        self.config, self.logs, self.line = dict(vars(args)), {}, {}
         if self.main:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = open(self.path / ".lock", "w")
+            self._lock = FileLock(self.path / ".lock", blocking=False)
             try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
+                self._lock.acquire()
+            except Timeout:
                 raise UserError(
                     f"another process is running in {self.path}; wait for it or give another --out"
                 ) from None
-            if args.overwrite and (self.path / "config.json").exists():
-                for old in self.path.iterdir():
-                    if old.name != ".lock":
-                        shutil.rmtree(old) if old.is_dir() else old.unlink()
-            for sub in ("samples", "synthetic", "latents"):
-                (self.path / sub).mkdir(exist_ok=True)
-            if any(self.path.glob("*.pt")):
-                old = json.loads((self.path / "config.json").read_text())["args"]
-                free = {"out", "overwrite", "data_dir", *free}
-                differ = [k for k in config if k not in free and old.get(k) != config[k]]
-                if differ:
-                    k = differ[0]
-                    raise UserError(
-                        f"{self.path} holds a run with --{k} {old.get(k)}, this one has --{k} {config[k]}; "
-                        "give another --out, or --overwrite to start afresh"
-                    )
-            else:
-                self.write_json("config.json", {"args": config, "versions": versions()})
-        self.wait = accelerator.wait_for_everyone
+            if args.overwrite:
+                self._empty()
+            self._compare({"out", "overwrite", "data_dir", *free})
         self.wait()
+        self.seconds = read_file(self.path / "seconds.json", {})
 
-    def write_text(self, name: str, text: str) -> None:
-        if self.main:
-            write_whole(self.path / name, text)
+    def _empty(self) -> None:
+        if (self.path / "config.json").exists():  # else it is no run's folder
+            for old in self.path.iterdir():
+                if old.name != ".lock":
+                    shutil.rmtree(old) if old.is_dir() else old.unlink()
 
-    def write_json(self, name: str, value) -> None:
-        self.write_text(name, json.dumps(value, indent=1))
-
-    def save(self, name: str, state: dict) -> None:
-        if self.main:
-            save_atomically(state, self.path / name)
-
-    def load(self, name: str) -> dict | None:
-        """The checkpoint `name` on the CPU, or None. Tensors and plain values only: nothing is unpickled."""
-        path = self.path / name
-        if not path.exists():
-            return None
-        try:
-            return torch.load(path, weights_only=True, map_location="cpu")
-        except Exception as error:
-            raise UserError(
-                f"cannot read {path} ({str(error)[:80]}); delete it or give --overwrite to start afresh"
-            ) from None
-
-    def checkpoint(self, name: str, progress: dict, **parts) -> None:
-        """Saves `progress`, plain values and tensors, and the states of `parts`: model, optimizer, ..."""
-        self.save(name, {"progress": progress} | {key: part.state_dict() for key, part in parts.items()})
-
-    def resume(self, name: str, progress: dict, **parts) -> dict:
-        """The progress that checkpoint() saved, the states of `parts` restored; without one `progress`."""
-        if (state := self.load(name)) is None:
-            return progress
-        for key, part in parts.items():
-            part.load_state_dict(state[key])
-        return state["progress"]
-
-    def write_lines(self, name: str, lines: list[dict]) -> None:
-        """Writes JSON lines (metrics.jsonl, metadata.jsonl)."""
-        self.write_text(name, "".join(json.dumps(line) + "\n" for line in lines))
+    def _compare(self, free: set[str]) -> None:
+        old = read_file(self.path / "config.json", {"args": self.config})["args"]
+        for key, value in self.config.items():
+            require(
+                key in free or old.get(key) == value,
+                f"{self.path} holds a run with --{key} {old.get(key)}, this one has --{key} {value}; "
+                "give another --out, or --overwrite to start afresh",
+            )
 
     def result(self) -> dict | None:
-        """The result of a finished run, which is said, else None."""
-        path = self.path / "result.json"
-        if not path.exists():
-            return None
-        if self.main:
+        """Returns the result of a finished run, and says that it is finished; else None."""
+        result = read_file(self.path / "result.json")
+        if result and self.main:
             print(f"{self.path} is finished; --overwrite starts it afresh")
-        return json.loads(path.read_text())
+        return result
 
-    def finish(self, result: dict, logs: dict[str, list[dict]]) -> dict:
-        """Draws the logs' curves and writes the result, with which the run is finished; returns it."""
+    def begin(self) -> None:
+        """Writes config.json. Call it when every check is passed: mistakes before leave nothing behind."""
+        if self.main and not (self.path / "config.json").exists():
+            self.write("config.json", {"args": self.config, "versions": versions()})
+        self.wait()
+
+    def write(self, name: str, value) -> None:
+        """Writes a file whole or not at all, on the main process; see write_file."""
         if self.main:
-            save_curves(logs, self.path / "curves.png")
-        self.write_json("result.json", result)
+            write_file(self.path / name, value)
+
+    def once(self, name: str, compute, *args, together: bool = False):
+        """Returns compute(*args), kept in the file `name` (.json, .jsonl, .pt or text): read if it is there.
+
+        The main process computes while the others wait. together: all processes compute, because `compute` is
+        a joint work of theirs, such as `predict`.
+        """
+        missing = not (self.path / name).exists()
+        self.wait()
+        if missing and (self.main or together):
+            self.write(name, compute(*args))
+        self.wait()
+        return read_file(self.path / name)
+
+    def missing(self, title: str, files: list[Path], batch_size: int):
+        """Yields this process's batches, as lists of indices into `files`, that are not on disk yet.
+
+        A batch of which one file is missing is drawn whole, because the batch decides over the last bits.
+        After its last batch the process waits for the others. Shows a progress bar and counts seconds[title].
+        """
+        rank, processes = self.accelerator.process_index, self.accelerator.num_processes
+        batches = [[*range(b, min(b + batch_size, len(files)))] for b in range(0, len(files), batch_size)]
+        todo = [b for b in batches[rank::processes] if not all(files[i].exists() for i in b)]
+        for batch in tqdm(todo, title, leave=False, disable=not self.main):
+            clock = time.time()
+            yield batch
+            self.count(title, time.time() - clock)
+        self.wait()
+
+    def keep(self, images: torch.Tensor, files: list[Path], latents: torch.Tensor | None = None) -> None:
+        """Writes images [B, 3, H, W] in [0, 1] as PNG files, each after its latents in latents/STEM.pt."""
+        for i, file in enumerate(files):
+            if latents is not None:
+                write_file(self.path / "latents" / f"{file.stem}.pt", latents[i].cpu().clone())
+            save_png(images[i], file)
+
+    def epochs(self, title: str, count: int, **parts):
+        """Yields the epochs (0 to count - 1) that are still to do, with a progress bar.
+
+        Before the first it restores the checkpoint TITLE.pt: the states of `parts` (models, optimizers; None
+        is left out) and the log. After each it saves them, and writes what the epoch gave to `log` as a line
+        of metrics.jsonl. seconds[title] counts the time, without that of `missing`.
+        """
+        parts = {key: part for key, part in parts.items() if part is not None}
+        state = read_file(self.path / f"{slug(title)}.pt", {"log": []})
+        for key, part in parts.items():
+            if key in state:
+                part.load_state_dict(state[key])
+        log = self.logs[title] = state["log"]
+        with tqdm(desc=title, total=count, initial=len(log), disable=not self.main) as bar:
+            for epoch in range(len(log), count):
+                clock, before = time.time(), sum(self.seconds.values())
+                self.line = {"classifier": title, "epoch": epoch + 1}
+                yield epoch
+                drawing = sum(self.seconds.values()) - before
+                self.count(title, time.time() - clock - drawing)
+                log.append(self.line)
+                bar.update()
+                bar.set_postfix({k: f"{v:.3f}" for k, v in self.line.items() if isinstance(v, float)})
+                self.write("metrics.jsonl", list(itertools.chain(*self.logs.values())))
+                states = {key: part.state_dict() for key, part in parts.items()}
+                self.write(f"{slug(title)}.pt", states | {"log": log})
+
+    def log(self, **values) -> None:
+        """Adds values to the present epoch's line of metrics.jsonl."""
+        self.line |= values
+
+    def log_scores(self, scores: dict[str, dict]) -> None:
+        """Adds the scores of `evaluate` to the present epoch's line, each split's top-1 beside them."""
+        self.log(scores=scores, **{split: score["top1"] for split, score in scores.items()})
+
+    def outcome(self, title: str) -> dict:
+        """The scores of the last epoch of run.epochs(title, ...), and its seconds of training."""
+        return self.logs[title][-1]["scores"] | {"training": self.seconds.get(title, 0.0)}
+
+    def count(self, title: str, seconds: float) -> None:
+        """Adds to the seconds spent on something."""
+        self.seconds[title] = self.seconds.get(title, 0.0) + seconds
+        self.write("seconds.json", self.seconds)
+
+    def finish(self, result: dict) -> dict:
+        """Draws the curves of all epochs, writes the result, which marks a finished run, and returns it."""
+        if self.main:
+            save_curves(self.logs, self.path / "curves.png")
+        self.write("result.json", result)
         self.wait()
         return result
 
 
 def versions() -> dict[str, str]:
-    """Python and the libraries a result depends on."""
+    """The versions of Python and of the libraries that a result depends on."""
     from importlib.metadata import version
 
     names = ["torch", "torchvision", "diffusers", "transformers", "accelerate", "numpy"]
     return {"python": sys.version.split()[0], **{n: version(n) for n in names}}
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Writes a text file, whole or not at all."""
+def slug(text: str) -> str:
+    """A title as a file name: "+ image guidance" becomes "image-guidance"."""
+    return re.sub("[^a-zA-Z0-9]+", "-", text).strip("-")
+
+
+def write_file(path: Path, value) -> None:
+    """Writes a file whole or not at all: .json, .jsonl (a list of records), .pt (tensors) or text.
+
+    The file is written beside its place and then renamed, so a reader sees the old one or the new one.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
+    if path.suffix == ".pt":
+        with open(temporary, "wb") as f:
+            torch.save(value, f)
+            f.flush()
+            os.fsync(f.fileno())
+    else:
+        if path.suffix == ".json":
+            value = json.dumps(value, indent=1)
+        elif path.suffix == ".jsonl":
+            value = "".join(json.dumps(line) + "\n" for line in value)
+        temporary.write_text(value, encoding="utf-8")
     os.replace(temporary, path)
 
 
-def save_atomically(state: dict, path: Path) -> None:
-    """torch.save to a temporary file beside `path`, then rename: a reader sees the old file or the new."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as f:
-        torch.save(state, f)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(temporary, path)
+def read_file(path: Path, default=None):
+    """Reads what write_file wrote, or returns the default if there is no such file; nothing is unpickled.
+
+    Raises UserError if the file cannot be read.
+    """
+    if not path.exists():
+        return default
+    try:
+        if path.suffix == ".pt":
+            return torch.load(path, weights_only=True, map_location="cpu")
+        text = path.read_text(encoding="utf-8")
+        if path.suffix == ".jsonl":
+            return [json.loads(line) for line in text.splitlines()]
+        return json.loads(text) if path.suffix == ".json" else text
+    except Exception as error:
+        raise UserError(
+            f"cannot read {path} ({str(error)[:80]}); delete it or give --overwrite to start afresh"
+        ) from None
 
 
 def class_folders(class_names: list[str]) -> list[str]:
-    """A folder name for each class: its name without what file systems refuse, cut at 100 characters."""
+    """A folder name for each class: its name without what file systems refuse, cut at 100 bytes."""
     folders = []
     for name in class_names:
         clean = re.sub(r"[^\w .()'-]", "_", name).encode()[:100].decode(errors="ignore").strip(" .") or "_"
@@ -1053,18 +1003,20 @@ def class_folders(class_names: list[str]) -> list[str]:
 
 
 def read_records(folder: Path, class_names: list[str]) -> list[dict]:
-    """The metadata of a run's synthetic images: dicts, one per image. Raises UserError if there are none, or
-    some of other classes.
+    """The metadata records of another run's synthetic images, for --synthetic.
+
+    Raises UserError if there are none, or if some are of other classes.
     """
     try:
-        lines = (folder / "metadata.jsonl").read_text().splitlines()
+        lines = (folder / "metadata.jsonl").read_text(encoding="utf-8").splitlines()
         records = [r for r in map(json.loads, lines) if (folder / r["file_name"]).exists()]
         strange = [r["class_name"] for r in records if r["class_name"] not in class_names[r["label"] :][:1]]
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"--synthetic: no images with metadata in {folder} ({error})") from None
-    if strange or not records:
-        problem = f"of another data set, of the class '{strange[0]}'" if strange else "missing"
-        raise UserError(f"--synthetic: the images in {folder} are {problem}")
+    require(
+        not strange, f"--synthetic: {folder} has images of another data set's class '{''.join(strange[:1])}'"
+    )
+    require(records, f"--synthetic: the images in {folder} are missing")
     return records
 
 
@@ -1076,36 +1028,33 @@ def keep_small(path: Path, size: int):
     return image if image.size == (size, size) else image.resize((size, size), Image.Resampling.LANCZOS)
 
 
+def to_pil(image: torch.Tensor) -> Image.Image:
+    """An image [3, H, W] in [0, 1] as a PIL image, its values rounded."""
+    return Image.fromarray((image.detach().float().cpu() * 255).round().byte().permute(1, 2, 0).numpy())
+
+
 def save_png(image: torch.Tensor, path: Path) -> None:
-    """[3, H, W] in [0, 1] to a PNG file, whole or not at all, its folder made if need be."""
+    """Writes an image [3, H, W] in [0, 1] as a PNG file, whole or not at all; makes its folder if need be."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     to_pil(image).save(temporary, format="PNG")
     os.replace(temporary, path)
 
 
-def to_pil(image: torch.Tensor) -> Image.Image:
-    """[3, H, W] in [0, 1] -> PIL, by rounding."""
-    return Image.fromarray((image.detach().float().cpu() * 255).round().byte().permute(1, 2, 0).numpy())
-
-
-# ----------------------------------------------------------------------------------------------------------
-# Pictures
-
-
-def save_grid(rows: torch.Tensor, path: Path, columns: int, scale: int = 1) -> None:
-    """Images [N, 3, H, W] in [0, 1] as one PNG of `columns` columns, each pixel enlarged `scale` times."""
+def save_grid(images: torch.Tensor, path: Path, columns: int, scale: int = 1) -> None:
+    """Writes images [N, 3, H, W] in [0, 1] as one PNG grid; each pixel is enlarged `scale` times."""
     from torchvision.utils import make_grid
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    grid = make_grid(F.interpolate(rows.float().cpu(), scale_factor=scale), nrow=columns, pad_value=1.0)
+    grid = make_grid(F.interpolate(images.float().cpu(), scale_factor=scale), nrow=columns, pad_value=1.0)
     to_pil(grid.clamp(0, 1)).save(path)
 
 
 def save_captioned(images: list, captions: list[str], path: Path, columns: int) -> None:
-    """A grid of PIL images (or files), each above its caption."""
+    """Draws PIL images, or image files, in a grid, a caption under each."""
     from matplotlib.figure import Figure
 
+    path.parent.mkdir(parents=True, exist_ok=True)
     rows = math.ceil(len(images) / columns)
     figure = Figure(figsize=(1.9 * columns, 2.2 * rows), layout="constrained")
     for axes in figure.subplots(rows, columns, squeeze=False).flat:
@@ -1120,7 +1069,7 @@ def save_captioned(images: list, captions: list[str], path: Path, columns: int) 
 def save_reliability(
     series: dict[str, tuple[torch.Tensor, torch.Tensor]], path: Path, bins: int = 10
 ) -> None:
-    """A reliability diagram of (logits [N, K], labels [N]) per name: accuracy over confidence, in bins."""
+    """Draws a reliability diagram, accuracy over confidence, of (logits [N, K], labels [N]) for each name."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(4, 4), layout="constrained")
@@ -1139,25 +1088,24 @@ def save_reliability(
 
 
 def save_curves(series: dict[str, list[dict]], path: Path) -> None:
-    """Accuracy, loss and, where there are pseudo-labels, their quality over epochs; a colour per series."""
+    """Draws accuracy, loss and the quality of pseudo-labels, if there are any, over epochs, per series."""
     from matplotlib.figure import Figure
 
-    tested = any("test" in line for lines in series.values() for line in lines)
+    lines = list(itertools.chain(*series.values()))
+    tested, labelled = (any(key in line for line in lines) for key in ("test", "labelled"))
     panels = {
         "accuracy (%)": {"test": "-", "test_ood": "--"} if tested else {"val": "-"},
         "training loss": {"loss": "-"},
-        "pseudo-labels (%)": {"labelled": "-", "label_accuracy": "--", "seed_accuracy": ":"},
     }
-    if not any("labelled" in line for lines in series.values() for line in lines):
-        del panels["pseudo-labels (%)"]
+    if labelled:
+        panels["pseudo-labels (%)"] = {"labelled": "-", "label_accuracy": "--", "seed_accuracy": ":"}
     figure = Figure(figsize=(5 * len(panels), 3.6), layout="constrained")
     for axes, (title, keys) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
-        for i, (name, lines) in enumerate(series.items()):
-            for key, style in keys.items():
-                points = [(line["epoch"], line[key]) for line in lines if key in line]
-                if points:
-                    x, y = np.array(points).T
-                    axes.plot(x, y * (100 if "%" in title else 1), f"C{i}{style}", label=f"{name}, {key}")
+        for (i, name), (key, style) in itertools.product(enumerate(series), keys.items()):
+            points = [(line["epoch"], line[key]) for line in series[name] if key in line]
+            if points:
+                x, y = np.array(points).T
+                axes.plot(x, y * (100 if "%" in title else 1), f"C{i}{style}", label=f"{name}, {key}")
         axes.set(xlabel="epoch", ylabel=title, yscale="log" if "loss" in title else "linear")
         axes.legend(fontsize="small")
     figure.savefig(path, dpi=110)
@@ -1169,50 +1117,59 @@ def save_curves(series: dict[str, list[dict]], path: Path) -> None:
 
 @dataclass
 class RunArgs:
-    """Arguments of every method; "(recipe)": defaults to the data set's recipe in the method's script."""
+    """The arguments of every method. Where the default is None, the data set's recipe gives the value."""
 
     dataset: str = HfArg(default="digits", help=", ".join(DATASETS))
-    data_dir: str = HfArg(default="data", help="where the data set is, or is downloaded to")
-    out: str | None = HfArg(default=None, help="run folder (runs/METHOD-DATASET-sSEED)")
+    data_dir: str = HfArg(default="data", help="folder where the data set is, or is downloaded to")
+    out: str | None = HfArg(default=None, help="run folder; if none is given, runs/METHOD-DATASET-sSEED")
     overwrite: bool = HfArg(default=False, help="start afresh if the folder holds a run")
     seed: int = HfArg(default=0, help="seed of every random draw")
     ladder: bool = HfArg(default=False, help="run the ablation ladder over --seeds seeds")
-    seeds: int = HfArg(default=5, help="seeds of the ladder")
+    seeds: int = HfArg(default=5, help="number of seeds of the ladder")
     baseline: bool = HfArg(default=True, help="also train the method's baselines")
-    real_only: bool = HfArg(default=False, help="train on real images alone")
-    workers: int | None = HfArg(default=None, help="data loading processes (recipe)")
+    real_only: bool = HfArg(default=False, help="train on the real images alone")
+    workers: int | None = HfArg(default=None, help="processes that load images, on each GPU")
     # the generator
-    diffusion: str | None = HfArg(default=None, help="model id or folder (recipe)")
-    prompt: str | None = HfArg(default=None, help="{} is the class name (recipe)")
-    steps: int | None = HfArg(default=None, help="sampling steps (recipe)")
-    guidance_scale: float | None = HfArg(default=None, help="classifier-free guidance (recipe)")
-    generation_batch_size: int | None = HfArg(default=None, help="images at a time (recipe)")
-    gradient_checkpointing: bool = HfArg(default=False, help="less memory, slower gradients")
+    diffusion: str | None = HfArg(default=None, help="Stable Diffusion: model id or local folder")
+    prompt: str | None = HfArg(default=None, help="prompt; {} stands for the class name")
+    steps: int | None = HfArg(default=None, help="sampling steps")
+    guidance_scale: float | None = HfArg(default=None, help="scale of classifier-free guidance")
+    generation_batch_size: int | None = HfArg(default=None, help="images that are generated at a time")
+    gradient_checkpointing: bool = HfArg(default=False, help="less memory for gradients, but slower")
     # data and classifier
-    examples_per_class: int | None = HfArg(default=None, help="few-shot draw, 0: all (recipe)")
-    classifier: str | None = HfArg(default=None, help=", ".join(CLASSIFIERS) + " (recipe)")
-    pretrained: bool | None = HfArg(default=None, help="ImageNet weights (recipe)")
-    clip: str = HfArg(default="openai/clip-vit-base-patch32", help="the CLIP model, where one is used")
-    image_size: int | None = HfArg(default=None, help="the classifier's pixels (recipe)")
-    augment: str | None = HfArg(
-        default=None, help="digits, crop, resized or none, also ...+randaugment (recipe)"
+    examples_per_class: int | None = HfArg(default=None, help="real training images per class; 0 takes all")
+    classifier: str | None = HfArg(default=None, help=", ".join(CLASSIFIERS))
+    pretrained: bool | None = HfArg(default=None, help="start from pretrained weights")
+    clip: str = HfArg(
+        default="openai/clip-vit-base-patch32", help="CLIP model id or folder, where CLIP is used"
     )
-    epochs: int | None = HfArg(default=None, help="epochs (recipe)")
-    batch_size: int | None = HfArg(default=None, help="training batch, all GPUs (recipe)")
-    optimizer: str | None = HfArg(default=None, help="sgd, adam or adamw (recipe)")
-    lr: float | None = HfArg(default=None, help="peak learning rate, cosine schedule (recipe)")
-    weight_decay: float | None = HfArg(default=None, help="weight decay (recipe)")
-    warmup: float | None = HfArg(default=None, help="share of the epochs to warm up (recipe)")
-    eval_every: int | None = HfArg(default=None, help="epochs between evaluations (recipe)")
+    image_size: int | None = HfArg(default=None, help="side of the classifier's images in pixels")
+    augment: str | None = HfArg(
+        default=None, help="augmentation: digits, crop, resized or none; add +randaugment for RandAugment"
+    )
+    epochs: int | None = HfArg(default=None, help="training epochs")
+    batch_size: int | None = HfArg(default=None, help="real images in a training batch, over all GPUs")
+    optimizer: str | None = HfArg(default=None, help="sgd, adam or adamw")
+    lr: float | None = HfArg(default=None, help="peak learning rate")
+    weight_decay: float | None = HfArg(default=None, help="weight decay")
+    warmup: float | None = HfArg(default=None, help="share of the epochs in which the learning rate warms up")
+    eval_every: int | None = HfArg(default=None, help="epochs from one evaluation to the next")
 
 
-def cli(main, args_class) -> None:
-    """Parses the command line into `args_class`, runs main(args); a user's mistake: one line, status 2."""
+def cli(main, args_class, recipes: dict[str, dict] | None = None) -> None:
+    """Parses the command line and runs main(args). A user's mistake ends in one line and exit status 2.
+
+    recipes: the defaults of each data set, so that `--dataset cifar10 --help` shows the values in use.
+    """
     parser = HfArgumentParser(
         args_class,
         description=sys.modules["__main__"].__doc__.strip().split("\n")[0],
         usage=argparse.SUPPRESS,
     )
+    if recipes:
+        dataset = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+        dataset.add_argument("--dataset", nargs="?", default="digits")
+        parser.set_defaults(**recipes.get(dataset.parse_known_args()[0].dataset, {}))
     args, unknown = parser.parse_args_into_dataclasses(return_remaining_strings=True)
     if unknown:
         parser.error(f"unknown arguments: {' '.join(unknown)}; --help lists them")
@@ -1220,25 +1177,17 @@ def cli(main, args_class) -> None:
     try:
         main(args)
         return
-    except UserError as error:
-        message = " ".join(
-            str(error).rpartition("UserError: ")[2].split()
-        )  # a worker's comes with its traceback
+    except UserError as error:  # from a loading worker it comes with the worker's traceback before it
+        message = " ".join(str(error).rpartition("UserError: ")[2].split())
     except torch.OutOfMemoryError:
-        message = "out of GPU memory; lower --generation_batch_size (or --batch_size if it was training)"
+        message = "out of GPU memory; lower --generation_batch_size, or --batch_size if it was training"
     except OSError as error:
-        if error.errno not in (
-            errno.ENOSPC,
-            errno.EDQUOT,
-            errno.EROFS,
-            errno.EACCES,
-            errno.EPERM,
-            errno.EEXIST,
-            errno.ENOTDIR,
-        ):
+        if error.errno is None:
             raise
-        where = f" ({error.filename})" if error.filename else ""
-        message = f"cannot write{where}: {error.strerror}; free some space or give another --out, then go on"
+        where = f" {error.filename}" if error.filename else ""
+        message = (
+            f"cannot read or write{where}: {error.strerror}; mend this or give another --out, then go on"
+        )
     except KeyboardInterrupt:
         message = "stopped; the same command goes on from here"
     print(f"{name}: error: {message}", file=sys.stderr)
@@ -1246,15 +1195,15 @@ def cli(main, args_class) -> None:
 
 
 def fill_recipe(args: RunArgs, recipes: dict[str, dict], method: str) -> RunArgs:
-    """A copy of args, the fields left open taken from the data set's recipe. UserError: a value cannot be."""
+    """Returns a copy of args whose fields left None have the values of the data set's recipe.
+
+    Raises UserError if a value cannot be.
+    """
     check_choice("dataset", args.dataset, recipes)
-    args = dataclasses.replace(args)
-    for name, value in recipes[args.dataset].items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
+    recipe = {name: value for name, value in recipes[args.dataset].items() if getattr(args, name) is None}
+    args = dataclasses.replace(args, **recipe)
     args.out = args.out or f"runs/{method}-{args.dataset}{'-ladder' if args.ladder else ''}-s{args.seed}"
-    if "{}" not in args.prompt:
-        raise UserError(f"--prompt '{args.prompt}' has no {{}} for the class name")
+    require("{}" in args.prompt, f"--prompt '{args.prompt}' has no {{}} for the class name")
     check_at_least(1, args, "epochs", "batch_size", "generation_batch_size", "steps", "seeds", "eval_every")
     check_at_least(0, args, "seed", "examples_per_class", "workers")
     return args
@@ -1263,18 +1212,25 @@ def fill_recipe(args: RunArgs, recipes: dict[str, dict], method: str) -> RunArgs
 def check_at_least(least: int, args: RunArgs, *names: str) -> None:
     """Raises UserError if one of the arguments is less."""
     for name in names:
-        if getattr(args, name) < least:
-            raise UserError(f"--{name} {getattr(args, name)} must be at least {least}")
+        require(getattr(args, name) >= least, f"--{name} {getattr(args, name)} must be at least {least}")
+
+
+def check_training(args: RunArgs, accelerator, data: Data) -> None:
+    """Raises UserError if the classifier, the optimizer or the batches that the arguments name cannot be."""
+    names, size = data.class_names, args.image_size
+    net = build_classifier(args.classifier, names, size, args.pretrained, args.clip)
+    make_optimizer(args.optimizer, net, args.lr, args.weight_decay)
+    make_loader(data.train, args.batch_size, accelerator)
 
 
 def data_of(args: RunArgs, unlabelled: bool = False) -> Data:
-    """The data set the arguments name; see load_data."""
+    """The data set that the arguments name; see load_data."""
     few, seed = args.examples_per_class, args.seed
     return load_data(args.dataset, args.data_dir, args.image_size, args.augment, few, seed, unlabelled)
 
 
 def report(result: dict[str, dict], out: str) -> None:
-    """The last lines printed: accuracy of each classifier in `result` (name: scores), images, seconds."""
+    """Prints the last lines of a run: accuracy of each classifier, number of images, seconds."""
     first, last = (list(result.values())[i] for i in (0, -1))
     for split in ("test", "test_ood"):
         if split in first:
@@ -1286,23 +1242,20 @@ def report(result: dict[str, dict], out: str) -> None:
     print(f"{images} images generated in {generation:.0f} s, {training:.0f} s of training; {out}")
 
 
-def _file_name(rung: str) -> str:
-    return re.sub("[^a-zA-Z0-9]+", "-", rung).strip("-")
-
-
 def run_ladder(args: RunArgs, accelerator, rungs: dict[str, dict], run_once) -> None:
-    """run_once(args, accelerator) for every rung (name: changed arguments) and seed, skipping finished runs.
+    """Calls run_once(args, accelerator) for every rung (name: changed arguments) and every seed.
 
-    A rung's scores are those of the last classifier in its result; synthetic="RUNG" takes that rung's images,
-    embeddings="RUNG" its learned tokens. Writes the table to ladder.json and ladder.md.
+    A rung's scores are those of the last classifier in its result. synthetic="RUNG" takes the images of that
+    rung, embeddings="RUNG" its learned tokens. Writes the table to ladder.json and ladder.md.
     """
     top1, distances = {}, {}
     for seed in range(args.seed, args.seed + args.seeds):
-        out = {rung: str(Path(args.out) / f"{_file_name(rung)}-s{seed}") for rung in rungs}
+        out = {rung: str(Path(args.out) / f"{slug(rung)}-s{seed}") for rung in rungs}
         for rung, changes in rungs.items():
             changes = changes | {"seed": seed, "out": out[rung], "ladder": False}
             changes |= {k: out[changes[k]] for k in ("synthetic", "embeddings") if k in changes}
             *_, last = run_once(dataclasses.replace(args, **changes), accelerator).values()
+            accelerator.free_memory()  # it would keep every run's model and optimizer
             for split in ("test", "test_ood", "val"):
                 if split in last:
                     top1.setdefault(split, {}).setdefault(rung, []).append(100 * last[split]["top1"])
@@ -1313,20 +1266,16 @@ def run_ladder(args: RunArgs, accelerator, rungs: dict[str, dict], run_once) -> 
 
 
 def save_ladder(top1: dict, folder: Path, distances: dict | None = None) -> None:
-    """Prints and writes (ladder.json, ladder.md) top1[split][rung] = accuracies in %, one per seed.
+    """Prints and writes (ladder.json, ladder.md) the accuracies top1[split][rung], in %, one for each seed.
 
-    A row: mean +- 95 % interval over the seeds, and the paired difference to the rung before; then the means
-    of distances[name][rung], where a rung has them.
+    A row has the mean ± 95 % interval over the seeds, the paired difference to the rung before, and the means
+    of distances[name][rung] where the rung has them.
     """
     distances = distances or {}
     rungs = list(next(iter(top1.values())))
     seeds = len(next(iter(top1.values()))[rungs[0]])
-    lines = [
-        "| rung |"
-        + "".join(f" {s} | to the rung before |" for s in top1)
-        + "".join(f" {d} |" for d in distances),
-        "|---|" + "---|---|" * len(top1) + "---|" * len(distances),
-    ]
+    columns = ["rung", *(c for s in top1 for c in (s, "to the rung before")), *distances]
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for i, rung in enumerate(rungs):
         cells = []
         for values in top1.values():
@@ -1336,13 +1285,13 @@ def save_ladder(top1: dict, folder: Path, distances: dict | None = None) -> None
         cells += [f"{np.mean(d[rung]):.3g}" if rung in d else "" for d in distances.values()]
         lines.append(f"| {rung} | " + " | ".join(cells) + " |")
     table = f"{seeds} seeds, mean ± 95 % interval, % top-1\n\n" + "\n".join(lines) + "\n"
-    (folder / "ladder.json").write_text(json.dumps({"top1": top1, "distances": distances}, indent=1))
-    (folder / "ladder.md").write_text(table)
+    write_file(folder / "ladder.json", {"top1": top1, "distances": distances})
+    write_file(folder / "ladder.md", table)
     print(table)
 
 
 def run_method(args: RunArgs, rungs: dict[str, dict], run_once) -> None:
-    """A method's main: the ladder, its baselines being rungs of their own, or one run and its report."""
+    """A method's main: the ladder, in which the baselines are rungs, or one run and its report."""
     accelerator = make_accelerator()
     if args.ladder:
         run_ladder(dataclasses.replace(args, baseline=False), accelerator, rungs, run_once)
@@ -1350,265 +1299,3 @@ def run_method(args: RunArgs, rungs: dict[str, dict], run_once) -> None:
     result = run_once(args, accelerator)
     if accelerator.is_main_process:
         report(result, args.out)
-
-
-# ----------------------------------------------------------------------------------------------------------
-# digits_sd: a miniature Stable Diffusion, trained on the web pool
-
-
-def build_tokenizer(words: list[str], max_length: int = 16):
-    """A CLIPTokenizer whose BPE makes one token of each of `words` and falls back to bytes for other text."""
-    from transformers import CLIPTokenizer
-    from transformers.convert_slow_tokenizer import bytes_to_unicode
-
-    alphabet = list(bytes_to_unicode().values())
-    tokens, merges = alphabet + [c + "</w>" for c in alphabet], []
-    for word in words:
-        parts = [*word[:-1], word[-1] + "</w>"]
-        left = parts[0]
-        for right in parts[1:]:
-            if (left, right) not in merges:
-                merges.append((left, right))
-            left += right
-            if left not in tokens:
-                tokens.append(left)
-    tokens += ["<|startoftext|>", "<|endoftext|>"]
-    vocab = {token: i for i, token in enumerate(tokens)}
-    for word in words:  # an earlier word's merges may have split this one otherwise ("re" in "green")
-        pieces = CLIPTokenizer(vocab=vocab, merges=merges).tokenize(word)
-        while len(pieces) > 1:
-            merges.append((pieces[0], pieces[1]))
-            pieces = [pieces[0] + pieces[1], *pieces[2:]]
-    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=max_length)
-
-
-def build_digits_sd():
-    """A StableDiffusionPipeline with random weights in digits_sd's architecture (about 3.1 M parameters)."""
-    from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel
-
-    words = "a photo of on background an the in".split() + DIGIT_NAMES + list(COLOURS) + SETTINGS
-    tokenizer = build_tokenizer(words)
-    text_encoder = CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=96,
-            intermediate_size=192,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            max_position_embeddings=tokenizer.model_max_length,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
-    vae = AutoencoderKL(
-        sample_size=SIZE,
-        block_out_channels=(16, 32),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        layers_per_block=1,
-        norm_num_groups=8,
-        latent_channels=4,
-    )
-    unet = UNet2DConditionModel(
-        sample_size=SIZE // 2,
-        block_out_channels=(32, 64, 96),
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        layers_per_block=1,
-        norm_num_groups=8,
-        cross_attention_dim=96,
-        attention_head_dim=4,  # the number of heads, by diffusers' historical naming
-    )
-    scheduler = DDPMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, steps_offset=1
-    )
-    return StableDiffusionPipeline(
-        vae=vae,
-        text_encoder=text_encoder,
-        tokenizer=tokenizer,
-        unet=unet,
-        scheduler=scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-
-
-@dataclass
-class Args:
-    """Training of digits_sd."""
-
-    out: str = HfArg(default="runs/digits_sd", help="checkpoints of the training")
-    images: int = HfArg(default=40000, help="renders of the web pool to train on")
-    oracle_epochs: int = HfArg(default=6, help="epochs of the oracle classifier")
-    vae_steps: int = HfArg(default=2500, help="autoencoder steps, batch 64")
-    steps: int = HfArg(default=9000, help="U-Net and text encoder steps")
-    batch_size: int = HfArg(default=64, help="U-Net batch size")
-    lr: float = HfArg(default=1.5e-3, help="U-Net peak learning rate")
-    seed: int = HfArg(default=0, help="seed of every draw")
-
-
-def train_digits_sd(args: Args) -> None:
-    """Renders the web pool; trains oracle, autoencoder, then U-Net and text encoder; writes digits_sd/.
-
-    Stopped at any moment, it goes on from its last checkpoint when called again.
-    """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(args.seed)
-    pipe, oracle = build_digits_sd().to(device), SmallCNN(sum(ORACLE_HEADS), width=32).to(device)
-    vae, unet, text_encoder = pipe.vae, pipe.unet, pipe.text_encoder
-
-    if (out / "web.pt").exists():
-        web = torch.load(out / "web.pt", weights_only=True)
-    else:
-        print(f"rendering {args.images} images of the web pool")
-        web = render_pool(digit_pools()["web"], args.images, seed=args.seed + 1)
-        padded = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
-        web["captions"] = pipe.tokenizer(web["captions"].tolist(), **padded).input_ids
-        save_atomically(web, out / "web.pt")
-    images = web["images"].permute(0, 3, 1, 2).to(device)
-
-    def draw(step: int, size: int = 64) -> torch.Tensor:
-        return torch.randint(len(images), (size,), generator=torch.Generator().manual_seed(step))
-
-    def oracle_loss(step):
-        i = draw(step)
-        heads = zip(oracle(images[i].float() / 255).split(ORACLE_HEADS, 1), ORACLE_KEYS, strict=True)
-        return sum(F.cross_entropy(logits, web[key][i].to(device)) for logits, key in heads)
-
-    def vae_loss(step):
-        x = 2 * images[draw(step)].float() / 255 - 1
-        posterior = vae.encode(x).latent_dist
-        y = vae.decode(posterior.sample()).sample
-        kl = (posterior.mean**2 + posterior.var - 1 - posterior.logvar).mean() / 2
-        return F.l1_loss(y, x) + F.mse_loss(y, x) + 1e-4 * kl
-
-    train_backbone(out, args.seed)
-    oracle_steps = args.oracle_epochs * len(images) // 64
-    _fit(oracle, oracle_loss, oracle_steps, 2e-3, 0.05, math.inf, out / "oracle.pt")
-    _fit(vae, vae_loss, args.vae_steps, 3e-3, 0.0, 1.0, out / "vae.pt")
-    vae.eval().requires_grad_(False)
-    with torch.no_grad():
-        parts = [vae.encode(2 * x.float() / 255 - 1).latent_dist.mode() for x in images.split(256)]
-    latents = torch.cat(parts)
-    vae.register_to_config(scaling_factor=1 / latents.std().item())
-    latents = latents / latents.std()
-    captions = web["captions"].to(device)
-    empty = pipe.tokenizer("", padding="max_length", return_tensors="pt").input_ids[0].to(device)
-
-    unet.to(memory_format=torch.channels_last)  # a sixth faster on the CPU
-    model = nn.ModuleDict({"unet": unet, "text_encoder": text_encoder})
-    ema = averaged(model, 0.999)
-    optimizer = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=0.01)
-    start = 0
-    if (out / "checkpoint.pt").exists():
-        state = torch.load(out / "checkpoint.pt", weights_only=True, map_location=device)
-        model.load_state_dict(state["model"])
-        ema.load_state_dict(state["ema"])
-        optimizer.load_state_dict(state["optimizer"])
-        start = state["step"]
-    alphas = pipe.scheduler.alphas_cumprod.to(device)
-    weight = torch.clamp(5 * (1 - alphas) / alphas, max=1)  # min-SNR-5 (Hang et al. 2023) for eps-prediction
-    n, average = args.batch_size, None
-    for step in (bar := tqdm(range(start, args.steps), "U-Net", initial=start, total=args.steps)):
-        for group in optimizer.param_groups:  # warm up, constant, linear decay over the last 40 %
-            group["lr"] = args.lr * min((step + 1) / 300, 1, (args.steps - step) / (0.4 * args.steps))
-        g = torch.Generator().manual_seed(10**6 + step)
-        i = draw(10**6 + step, n)
-        t = ((torch.arange(n) + torch.rand(n, generator=g)) * 1000 / n).long().to(device)  # stratified
-        noise = torch.randn(latents[i].shape, generator=g).to(device)
-        drop = (torch.rand(n, 1, generator=g) < 0.1).to(device)
-        text = text_encoder(torch.where(drop, empty, captions[i])).last_hidden_state
-        x = pipe.scheduler.add_noise(latents[i], noise, t).to(memory_format=torch.channels_last)
-        error = (unet(x, t, text).sample - noise).square().mean((1, 2, 3))
-        optimizer.zero_grad()
-        (weight[t] * error).mean().backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        ema.update_parameters(model)
-        error = error.mean().item()
-        average = error if average is None else 0.99 * average + 0.01 * error
-        bar.set_postfix(loss=f"{average:.4f}", refresh=False)
-        if (step + 1) % 500 == 0 or step + 1 == args.steps:
-            state = {"step": step + 1, "model": model.state_dict(), "ema": ema.state_dict()}
-            save_atomically({**state, "optimizer": optimizer.state_dict()}, out / "checkpoint.pt")
-            save_digits_sd(pipe, ema.module, oracle, out / "digits_sd")
-    save_digits_sd(pipe, ema.module, oracle, ROOT / "digits_sd")
-
-
-def _fit(model, loss_of, steps, lr, weight_decay, clip, file) -> None:
-    """One-cycle AdamW on loss_of(step); the trained weights are kept in `file`."""
-    if file.exists():
-        model.load_state_dict(torch.load(file, weights_only=True))
-        return
-    optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=weight_decay)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps)
-    for step in (bar := tqdm(range(steps), file.stem)):
-        loss = loss_of(step)
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), clip)
-        optimizer.step()
-        schedule.step()
-        if step % 50 == 0:
-            bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
-    save_atomically(model.state_dict(), file)
-
-
-def train_backbone(out: Path, seed: int = 0, steps: int = 2500, copies: int = 16) -> None:
-    """Pretrains the small CNN without class labels, and writes it to digits_sd/backbone.
-
-    It learns which of the web pool's 898 digits it sees, whatever the colour, the setting and the geometry:
-    instance discrimination (Dosovitskiy et al. 2014), the self-supervised stand-in for ImageNet's weights.
-    """
-    pool = digit_pools()["web"]
-    web = render_pool(pool, copies * len(pool), seed=seed + 2)
-    images = web["images"].permute(0, 3, 1, 2)
-    torch.manual_seed(seed)
-    model = SmallCNN(len(pool))
-
-    def loss(step):
-        i = torch.randint(len(images), (64,), generator=torch.Generator().manual_seed(step))
-        return F.cross_entropy(model(images[i].float() / 255), i % len(pool))
-
-    _fit(model, loss, steps, 3e-3, 0.05, math.inf, out / "backbone.pt")
-    (ROOT / "digits_sd" / "backbone").mkdir(exist_ok=True)
-    weights = {k: v.half() if v.is_floating_point() else v for k, v in model.features.state_dict().items()}
-    save_file(weights, ROOT / "digits_sd" / "backbone" / "model.safetensors")
-
-
-def save_digits_sd(pipe, ema: nn.ModuleDict, oracle: nn.Module, folder: Path) -> None:
-    """Writes the pipeline with the averaged weights, and the oracle, as fp16 safetensors.
-
-    The text encoder stays fp32: transformers loads it as it is stored, diffusers the other parts as fp32.
-    """
-    half = copy.copy(pipe)
-    half.unet, half.text_encoder = copy.deepcopy(ema["unet"]), copy.deepcopy(ema["text_encoder"])
-    half.vae = copy.deepcopy(pipe.vae)
-    half.unet.to(memory_format=torch.contiguous_format)
-    half.unet.half()
-    half.vae.half()
-    half.save_pretrained(folder)
-    (folder / "oracle").mkdir(exist_ok=True)
-    save_file(copy.deepcopy(oracle).half().state_dict(), folder / "oracle" / "model.safetensors")
-
-
-def save_digits_sheet(path: Path) -> None:
-    """A contact sheet of the digits world: samples of the web pool above, their true masks below."""
-    web = render_pool(digit_pools()["web"], 100, seed=0)
-    images = web["images"].permute(0, 3, 1, 2).float() / 255
-    masks = web["masks"][:, None].float().expand(-1, 3, -1, -1)
-    save_grid(torch.cat([images, masks[:20]]), path, columns=20, scale=2)
-
-
-def main(args: Args) -> None:
-    save_digits_sheet(Path("samples/digits.png"))
-    train_digits_sd(args)
-
-
-if __name__ == "__main__":
-    cli(main, Args)

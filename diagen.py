@@ -1,81 +1,150 @@
-"""DIAGen: semantically diverse image augmentation for few-shot learning (Lingenberg et al., 2408.14584).
+"""DIAGen: semantically diverse image augmentation (Lingenberg et al., GCPR 2024, arXiv 2408.14584).
 
-From a few images per class: Textual Inversion learns a token for each class; noise on the learned embeddings
-and prompts written by a language model make img2img variations of the real images diverse; a filter
-classifier weighs them; training replaces real images by variations drawn by weight. Without noise, prompts
-and weights it is DA-Fusion (Trabucco et al., ICLR 2024, 2302.07944), without learned tokens Real Guidance.
+From a few real images of each class, Textual Inversion learns a token for the class. Stable Diffusion then
+draws M variations of every real image with the token in the prompt. Noise on the learned embeddings, and
+prompts that a language model writes for each class, make the variations diverse. A filter classifier gives
+each variation a weight. The downstream classifier trains on the real images, which are replaced at random by
+one of their variations, drawn by weight. Without noise, prompts and weights the method is DA-Fusion (Trabucco
+et al., ICLR 2024, arXiv 2302.07944); without learned tokens, too, it is Real Guidance (He et al., ICLR 2023).
 
     python diagen.py                                        handwritten digits, a few minutes on a laptop
     python diagen.py --dataset folder --data_dir mydata --examples_per_class 4   your own images (GPU)
     python diagen.py --prompts llm --llm MODEL              prompts by any instruct model, kept as a CSV file
-    python diagen.py --method da_fusion                     the baselines: da_fusion, real_guidance
+    python diagen.py --method da_fusion                     a baseline: da_fusion or real_guidance
     python diagen.py --ladder --seeds 5                     the paper's ablation, one rung after the other
     accelerate launch diagen.py --dataset coco              several GPUs
 
 Paper to code:
-    3.1 Textual Inversion, embedding noise          textual_inversion, noisy_embeddings
-    3.2 class-specific prompts                      write_prompt, ask_llm, parse_answer, read_prompts
-        generation by img2img                       img2img
-    3.3 weighting                                   fit_temperature, confidences, weights_of
-        training of the downstream classifier       draw_epoch, train
+    3.1 Textual Inversion                         textual_inversion, equation (1)
+        noise on the embeddings, sigma            noisy_embeddings, equation (2)
+    3.2 class-specific prompts                    write_prompt, ask_llm, parse_answer, read_prompts
+        variations of the real images             img2img, equations (3) to (5)
+    3.3 temperature of the filter classifier      fit_temperature, equation (6)
+        confidence q                              confidences, equation (7)
+        weight w(q)                               weights_of, equation (8)
+        training on real and synthetic images     draw_epoch, train
 """
 
 import csv
 import dataclasses
 import io
-import json
 import re
-import time
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import AddedToken
 from transformers.hf_argparser import HfArg
 
 import common
+from common import require
+from digits import world
 
 
 @dataclass
 class Args(common.RunArgs):
-    """DIAGen's arguments, beside every method's; "(recipe)": defaults to the data set's recipe."""
+    """DIAGen's own arguments. Where the default is None, the data set's recipe gives the value."""
 
     method: str = HfArg(default="diagen", help="diagen, da_fusion or real_guidance")
-    # textual inversion
-    inversion_steps: int | None = HfArg(default=None, help="steps of Textual Inversion (recipe)")
-    inversion_batch_size: int | None = HfArg(default=None, help="its batch, of all classes (recipe)")
-    inversion_lr: float | None = HfArg(default=None, help="its learning rate (recipe)")
-    initializer: str | None = HfArg(
-        default=None, help="a word the tokens start from, '': the class name (recipe)"
-    )
-    embeddings: str | None = HfArg(default=None, help="a run folder whose learned tokens are used")
+    # Textual Inversion
+    inversion_steps: int | None = HfArg(default=None, help="training steps of Textual Inversion")
+    inversion_batch_size: int | None = HfArg(default=None, help="images of each class in such a step")
+    inversion_lr: float | None = HfArg(default=None, help="learning rate of Textual Inversion")
+    initializer: str | None = HfArg(default=None, help="word the tokens start from; '': the class's own name")
+    embeddings: str | None = HfArg(default=None, help="folder of a run whose learned tokens are used")
     # diversity
-    sigmas: list[float] | None = HfArg(default=None, help="noise on the embeddings, a variant each (recipe)")
-    relative_sigma: bool | None = HfArg(
-        default=None, help="sigma counts the root mean square of the learned embedding (recipe)"
-    )
-    prompts: str = HfArg(default="bank", help="bank, llm, none, or a CSV file class_name;class_idx;prompt")
-    prompts_per_class: int = HfArg(default=10, help="prompts of a class, cycled over its images")
+    sigmas: list[float] | None = HfArg(default=None, help="standard deviations of the noise on the tokens")
+    relative_sigma: bool | None = HfArg(default=None, help="sigma counts a token's root mean square as 1")
+    prompts: str = HfArg(default="bank", help="bank (random words), llm, none, or the name of a CSV file")
+    prompts_per_class: int = HfArg(default=10, help="number of prompts of a class, used in rotation")
     uncommon: bool = HfArg(default=False, help="ask the language model for uncommon locations")
-    llm: str = HfArg(default="meta-llama/Llama-3.1-8B-Instruct", help="instruct model of --prompts llm")
+    llm: str = HfArg(default="meta-llama/Llama-3.1-8B-Instruct", help="instruct model for --prompts llm")
     # generation
-    variations: int | None = HfArg(default=None, help="synthetic images of a real one, M (recipe)")
-    strength: float = HfArg(default=0.7, help="t_0, share of the noise schedule")
-    synthetic: str | None = HfArg(default=None, help="a run folder whose images are used, none generated")
+    variations: int | None = HfArg(default=None, help="M, synthetic images of each real image")
+    strength: float = HfArg(default=0.7, help="t_0, share of the noise schedule: 0 keeps the real image")
+    synthetic: str | None = HfArg(default=None, help="folder of a run whose synthetic images are used")
     # weighting and training
-    weighting: bool = HfArg(default=True, help="weigh synthetic images by a filter classifier")
-    synthetic_probability: float = HfArg(default=0.7, help="that a draw of a real image becomes synthetic")
-    iterations: int | None = HfArg(default=None, help="training steps of an epoch (recipe)")
-    frozen: bool | None = HfArg(default=None, help="train the linear head only (recipe)")
-    filter_epochs: int = HfArg(default=30, help="epochs of the filter classifier, at most")
+    weighting: bool = HfArg(default=True, help="weigh the synthetic images by a filter classifier")
+    synthetic_probability: float = HfArg(default=0.7, help="how often a variation replaces a real image")
+    iterations: int | None = HfArg(default=None, help="training steps in an epoch")
+    frozen: bool | None = HfArg(default=None, help="train only the classifier's last linear layer")
+    filter_epochs: int = HfArg(default=30, help="largest number of epochs of the filter classifier")
 
 
 PHOTO = "a photo of a {}"
-TEMPLATES = [  # of Textual Inversion
+SD14 = dict(
+    # Stable Diffusion 1.4
+    diffusion="CompVis/stable-diffusion-v1-4",
+    prompt=PHOTO,
+    steps=50,
+    guidance_scale=15.0,
+    generation_batch_size=8,
+    variations=10,
+    # Textual Inversion
+    inversion_steps=1000,
+    inversion_batch_size=4,
+    inversion_lr=2e-3,  # 5e-4 for each image of the batch
+    initializer="",
+    # noise on the embeddings
+    sigmas=[0.0, 0.005, 0.01, 0.025],
+    relative_sigma=False,
+    # classifier; its learning rate is constant, and the validation split judges every epoch
+    examples_per_class=4,
+    classifier="resnet50",
+    pretrained=True,
+    frozen=True,
+    image_size=224,
+    augment="resized",
+    epochs=50,
+    iterations=200,
+    batch_size=32,
+    optimizer="adam",
+    lr=1e-4,
+    weight_decay=0.0,
+    warmup=0.0,
+    eval_every=1,
+    workers=8,
+)
+RECIPES = {name: SD14 for name in common.DATASETS} | {
+    "digits": SD14
+    | dict(
+        # the embedded generator
+        diffusion=common.DIGITS_SD,
+        steps=25,
+        guidance_scale=4.0,
+        generation_batch_size=40,
+        # Textual Inversion
+        inversion_steps=100,
+        inversion_lr=0.02,
+        # choice: the generator knows the digits' names, but the learner is not told them: the method is for
+        # classes that have to be learned from images. (Real Guidance is told them, by its prompts.)
+        initializer="background",
+        # choice: the embedded text encoder has another scale. These are the paper's 0.005, 0.01 and 0.025 in
+        # units of the root mean square of Stable Diffusion 1.4's embeddings.
+        sigmas=[0.0, 0.33, 0.67, 1.67],
+        relative_sigma=True,
+        # choice: the frozen backbone was pretrained without class labels. It tells apart the 898 digits that
+        # the generator was trained on, whatever their colour, setting and geometry (digits/pretrain.py).
+        classifier="small_cnn",
+        image_size=32,
+        augment="digits",
+        epochs=20,
+        iterations=50,
+        lr=1e-3,
+        workers=0,
+    ),
+}
+
+# ----------------------------------------------------------------------------------------------------------
+# Section 3.1: Textual Inversion (Gal et al. 2023), and noise on the learned embeddings
+
+TEMPLATES = [
     PHOTO,
     "a photo of one {}",
     "a photo of the {}",
@@ -91,36 +160,19 @@ TEMPLATES = [  # of Textual Inversion
     "a photo of a large {}",
     "a depiction of a {}",
 ]
-SD14 = dict(  # inversion_batch_size counts the images of one class
-    prompt=PHOTO, workers=8, diffusion="CompVis/stable-diffusion-v1-4", steps=50, guidance_scale=15.0,
-    variations=10, sigmas=[0.0, 0.005, 0.01, 0.025], relative_sigma=False, generation_batch_size=8,
-    inversion_steps=1000, inversion_batch_size=4, inversion_lr=2e-3, initializer="", examples_per_class=4,
-    classifier="resnet50", pretrained=True, frozen=True, image_size=224, augment="resized", epochs=50,
-    iterations=200, batch_size=32, optimizer="adam", lr=1e-4, weight_decay=0.0, warmup=0.0, eval_every=1,
-)  # fmt: skip
-RECIPES = {name: SD14 for name in common.DATASETS} | {
-    "digits": SD14 | dict(
-        workers=0, diffusion=str(common.ROOT / "digits_sd"), steps=25, guidance_scale=4.0,
-        sigmas=[0.0, 0.33, 0.67, 1.67], relative_sigma=True, generation_batch_size=40, inversion_steps=100,
-        inversion_lr=0.02, initializer="background", classifier="small_cnn", image_size=32,
-        augment="digits", epochs=20, iterations=50, lr=1e-3,
-    ),
-}  # fmt: skip
-
-# ----------------------------------------------------------------------------------------------------------
-# 3.1 Textual Inversion (Gal et al. 2022), and noise on the learned embeddings
 
 
 class NewTokens:
-    """Gives tokens the embeddings of `rows` [T, d], which can be trained, while active as a context manager.
+    """Gives tokens the embeddings `rows` [T, d], which can be trained; a context manager.
 
-    The tokens join the tokenizer and the text encoder's table if they are not there yet. A forward hook on
-    the table looks them up in `rows`: nothing else of the table can move, and nothing has to be restored.
-    On leaving, the table's own rows get the values.
+    Tokens that the tokenizer lacks are added to it and to the text encoder's embedding table. Inside the
+    context a forward hook on the table looks the tokens up in `rows`, so no other embedding can change. On
+    leaving, the table itself holds the values of `rows`.
     """
 
     def __init__(self, pipe, tokens: list[str], rows: torch.Tensor):
-        self.pipe, self.rows = pipe, rows
+        self.rows = rows
+        # choice: each token is matched whole, so "<car>" is never found inside "<carrot>"
         pipe.tokenizer.add_tokens([AddedToken(t, normalized=False) for t in tokens])
         encoder = pipe.text_encoder
         if len(pipe.tokenizer) > encoder.get_input_embeddings().num_embeddings:
@@ -145,16 +197,30 @@ class NewTokens:
 
 
 def initial_embeddings(pipe, class_names: list[str], initializer: str = "") -> torch.Tensor:
-    """[K, d]: the mean embedding of the tokens of `initializer`, or of each class's name if it is empty."""
+    """[K, d]: the mean embedding of the words of `initializer`, or of each class's name if it is empty.
+
+    Raises UserError if the tokenizer finds nothing in the words.
+    """
     table, rows = pipe.text_encoder.get_input_embeddings().weight.detach().float(), []
     for name in class_names:
         ids = pipe.tokenizer(initializer or name, add_special_tokens=False).input_ids
-        if not ids:
-            raise common.UserError(
-                f"the tokenizer has no token for '{initializer or name}'; see --initializer"
-            )
+        require(ids, f"the tokenizer has no token for '{initializer or name}'; give another --initializer")
         rows.append(table[ids].mean(0))
     return torch.stack(rows)
+
+
+def draw_examples(latents, token: str, templates: list[str], timesteps: int, batch_size: int, generator):
+    """Draws one token's part of a batch: latents z [B, C, h, w], timesteps t [B], noise like z, and prompts.
+
+    latents: [V, n, C, h, w] of V views (plain, mirrored) of the token's n images
+    """
+    i = torch.randint(latents.shape[1], (batch_size,), generator=generator)
+    view = torch.randint(len(latents), (batch_size,), generator=generator)
+    z = latents[view.to(latents.device), i.to(latents.device)]
+    t = torch.randint(timesteps, (batch_size,), generator=generator)
+    noise = torch.randn(z.shape, generator=generator)
+    template = torch.randint(len(templates), (batch_size,), generator=generator)
+    return z, t, noise, [templates[k].format(token) for k in template]
 
 
 def textual_inversion(
@@ -171,113 +237,106 @@ def textual_inversion(
     flip: bool = True,
     seed: int = 0,
     keys: list[int] | None = None,
-    state: dict | None = None,
-    save=None,
-    save_every: int = 100,
 ) -> torch.Tensor:
-    """Learns an embedding for each token from its few images: [T, d], float32.
+    """Learns the embeddings S* of T tokens from a few images of each: [T, d], float32.
 
-    images [N, 3, H, W] in [0, 1], labels [N] index `tokens`; start [T, d]. Each step takes batch_size images
-    of every class. The loss is the denoising error, summed over classes, and Adam works row by row, so the
-    embedding of a class does not depend on which others train beside it; keys [T] (0..T-1) seed its draws.
-    state: what `save` was called with last (every save_every steps and at the end), to go on from.
-    Raises UserError when the loss is not a number.
+        (1)  S* = argmin_S E || eps - eps_theta(x_t, t, c(S)) ||^2      c(S): encoded template with the token
+
+    images: [N, 3, H, W] in [0, 1]; labels: [N] indices into `tokens`; start: [T, d]
+    batch_size: images of each token in a step; flip: mirror an image with probability 1/2
+    keys: [T] integers that seed the tokens' draws beside `seed`; by default 0 to T - 1
+
+    The loss is a sum over the tokens, and Adam treats every number by itself. Therefore a token learns the
+    same, up to rounding, whichever others train beside it. Raises UserError if the training diverges.
     """
-    device, scheduler = pipe.device, pipe.scheduler
-    T, keys = len(tokens), keys or range(len(tokens))
+    device, scheduler, T = pipe.device, pipe.scheduler, len(tokens)
+    timesteps, dtype, keys = scheduler.config.num_train_timesteps, pipe.unet.dtype, keys or range(T)
     with torch.no_grad():
-        latents = [common.encode(pipe, x).float() for x in ((images, images.flip(-1)) if flip else (images,))]
-        latents = torch.stack(latents)  # [1 or 2, N, C, h, w]
-    members = [(labels == c).nonzero()[:, 0] for c in range(T)]
+        views = [common.encode(pipe, x).float() for x in ((images, images.flip(-1)) if flip else (images,))]
+    latents = [torch.stack(views)[:, labels == c] for c in range(T)]
     rows = nn.Parameter(start.clone().to(device))
     optimizer = torch.optim.AdamW([rows], lr, weight_decay=0.0)
-    first = 0
-    if state:
-        first, rows.data = state["step"], state["rows"].to(device)
-        optimizer.load_state_dict(state["optimizer"])
     with NewTokens(pipe, tokens, rows):
-        bar = tqdm(range(first, steps), "textual inversion", initial=first, total=steps)
-        for step in bar:
-            parts = []
+        for step in (bar := tqdm(range(steps), "textual inversion", leave=False)):
+            examples = []
             for c in range(T):
                 g = common.generator(seed, keys[c], step)
-                i = members[c][torch.randint(len(members[c]), (batch_size,), generator=g)]
-                z = latents[torch.randint(len(latents), (batch_size,), generator=g).to(device), i.to(device)]
-                t = torch.randint(scheduler.config.num_train_timesteps, (batch_size,), generator=g)
-                noise = torch.randn(z.shape, generator=g)
-                template = torch.randint(len(templates), (batch_size,), generator=g)
-                parts.append((z, t, noise, [templates[k].format(tokens[c]) for k in template]))
-            z, t, noise = (torch.cat([part[k] for part in parts]).to(device) for k in range(3))
-            text, _ = pipe.encode_prompt([p for part in parts for p in part[3]], device, 1, False)
-            noisy = scheduler.add_noise(z, noise, t)
-            output = pipe.unet(noisy.to(pipe.unet.dtype), t, text.to(pipe.unet.dtype)).sample.float()
-            target = noise
-            if scheduler.config.prediction_type == "v_prediction":
-                target = scheduler.get_velocity(z, noise, t)
-            loss = (output - target).square().mean((1, 2, 3)).view(T, -1).mean(1).sum()
+                examples.append(draw_examples(latents[c], tokens[c], templates, timesteps, batch_size, g))
+            *tensors, prompts = zip(*examples, strict=True)
+            z, t, noise = (torch.cat(parts).to(device) for parts in tensors)
+            text, _ = pipe.encode_prompt(sum(prompts, []), device, 1, False)
+            x_t = scheduler.add_noise(z, noise, t)
+            output = pipe.unet(x_t.to(dtype), t, text.to(dtype)).sample.float()
+            v_prediction = scheduler.config.prediction_type == "v_prediction"
+            target = scheduler.get_velocity(z, noise, t) if v_prediction else noise
+            loss = (output - target).square().mean((1, 2, 3)).view(T, -1).mean(1).sum()  # (1)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            if (step + 1) % 10 == 0 or step + 1 == steps:  # not always: a GPU would have to wait for it
+            if (step + 1) % 10 == 0 or step + 1 == steps:  # reading a value makes a GPU wait
                 bar.set_postfix(loss=f"{loss.item() / T:.4f}", refresh=False)
-                if not rows.isfinite().all():
-                    raise common.UserError("Textual Inversion gives no numbers; lower --inversion_lr")
-            if save and ((step + 1) % save_every == 0 or step + 1 == steps):
-                save({"step": step + 1, "rows": rows.data, "optimizer": optimizer.state_dict()})
+                require(rows.isfinite().all(), "Textual Inversion diverged; lower --inversion_lr")
     return rows.detach()
 
 
-def noisy_embeddings(rows, sigmas: list[float], generators: list[torch.Generator], relative=False):
-    """S_v = S* + sigma_v n, n ~ N(0, I): rows [K, d] -> [K, V, d]; one generator per class.
+def noisy_embeddings(
+    rows: torch.Tensor, sigmas: list[float], generators: list[torch.Generator], relative: bool = False
+) -> torch.Tensor:
+    """Adds noise of V standard deviations to each class's embedding: rows [K, d] -> [K, V, d].
 
-    relative: sigma counts the root mean square of S*, which carries over between text encoders; the paper's
-    0.005, 0.01 and 0.025 are about a third, two thirds and 1.7 of that of Stable Diffusion 1.4's vocabulary.
+        (2)  S_v = S* + sigma_v n      n ~ N(0, I)
+
+    generators: one CPU generator per class
+    relative: sigma is in units of the root mean square of S*, which carries over between text encoders
     """
     noise = torch.stack([torch.randn(len(sigmas), rows.shape[1], generator=g) for g in generators])
     sigma = torch.tensor(sigmas).view(1, -1, 1).to(rows)
     if relative:
         sigma = sigma * rows.square().mean(1).sqrt().view(-1, 1, 1)
-    return rows[:, None] + sigma * noise.to(rows)
+    return rows[:, None] + sigma * noise.to(rows)  # (2)
 
 
 # ----------------------------------------------------------------------------------------------------------
-# 3.2 Class-specific prompts: "a photo of a [adjective] {name} [weather] [location] [time of day]"
+# Section 3.2: prompts "a photo of a [adjective] {name} [weather] [location] [time of day]" for each class
 
+# choice: by default the prompts are random words in the paper's form, which needs no language model
+LOCATIONS = (
+    "on a beach, in a forest, in a city street, in a kitchen, on a mountain, in a garden, in a desert, "
+    "on a table, beside a lake, in front of a brick wall, in an office, on a roof"
+)
 WORDS = {
     "adjective": "small large old new shiny dusty colourful dark bright wet weathered striped".split(),
     "weather": ["in the rain", "in the snow", "in thick fog", "in bright sunshine", "under a cloudy sky"],
-    "location": [
-        "on a beach", "in a forest", "in a city street", "in a kitchen", "on a mountain", "in a garden",
-        "in a desert", "on a table", "beside a lake", "in front of a brick wall", "in an office", "on a roof",
-    ],
+    "location": LOCATIONS.split(", "),
     "time": ["at night", "at dawn", "in the early morning", "at noon", "at sunset"],
-}  # fmt: skip
+}
 DIGIT_WORDS = {
-    "adjective": list(common.COLOURS),
-    "location": [f"on a {setting} background" for setting in common.SETTINGS],
+    "adjective": list(world.COLOURS),
+    "location": [f"on a {setting} background" for setting in world.SETTINGS],
 }
 
 
 def write_prompt(name: str, rng: np.random.Generator, words: dict[str, list[str]] = WORDS) -> str:
-    """A random prompt of the paper's form, every optional part there or not with equal chances."""
-    chosen = {part: str(rng.choice(options)) for part, options in words.items() if rng.random() < 0.5}
-    adjective = chosen.pop("adjective", None)
-    return " ".join(["a photo of a", *([adjective] if adjective else []), name, *chosen.values()])
+    """A random prompt of the paper's form. Each optional part is in it with probability 1/2."""
+    parts = {part: str(rng.choice(options)) for part, options in words.items() if rng.random() < 0.5}
+    adjective = parts.pop("adjective", None)
+    return " ".join(["a photo of a", *([adjective] if adjective else []), name, *parts.values()])
 
 
 def names_in(prompt: str, name: str) -> list[re.Match]:
-    """Where `name` stands in a prompt as a word of its own: "car" is not in "carrot".
+    """The places where a class name stands in a prompt as a whole word: "car" is not in "carrot".
 
-    In any case, but where it stands in its own case the others do not count: the class "A" in "a photo of A".
+    Upper and lower case do not matter, unless the name is there exactly as it is written: then only those
+    places count, so that the class "A" is once in "a photo of A".
     """
     pattern = rf"(?<!\w){re.escape(name)}(?!\w)"
     return [*re.finditer(pattern, prompt)] or [*re.finditer(pattern, prompt, re.IGNORECASE)]
 
 
 def with_token(prompt: str, name: str, token: str) -> str:
-    """The prompt with the class name, where it stands last, replaced by the token."""
-    where = names_in(prompt, name)[-1]
-    return prompt[: where.start()] + token + prompt[where.end() :]
+    """The prompt with the token in the place of the class name (of the last one, if there are several)."""
+    place = names_in(prompt, name)[-1]
+    return prompt[: place.start()] + token + prompt[place.end() :]
 
 
 REQUEST = (
@@ -292,10 +351,10 @@ UNCOMMON_PLACE = "Choose locations where one would not expect it. "
 
 
 def parse_answer(answer: str, name: str, count: int) -> list[str]:
-    """`count` prompts from a language model's answer: whatever begins "a photo of", in a list of any kind.
+    """Reads `count` prompts from a language model's answer.
 
-    It ends with the line, a double quote or a bracket. What does not contain the class name exactly once is
-    dropped; missing ones become "a photo of a {name}".
+    A prompt begins with "a photo of" and ends with the line, a double quote or an opening bracket. It counts
+    if it contains the class name exactly once. "a photo of a {name}" stands in for missing prompts.
     """
     prompts, begin = [], r"\ba photo of "
     for line in re.findall(rf'{begin}(?:(?!{begin})[^"\u201d\r\n\[])*', answer, re.IGNORECASE):
@@ -305,107 +364,129 @@ def parse_answer(answer: str, name: str, count: int) -> list[str]:
     return (prompts + [PHOTO.format(name)] * count)[:count]
 
 
-def ask_llm(model: str, class_names: list[str], count: int, uncommon: bool = False) -> dict[str, list[str]]:
-    """`count` prompts per class from an instruct model. Raises UserError if it cannot be loaded."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer, TextGenerationPipeline
+def chat_tokenizer(model: str):
+    """The tokenizer of an instruct model. Raises UserError if it cannot be loaded or has no chat template."""
+    from transformers import AutoTokenizer
 
-    llm = common.from_pretrained(AutoModelForCausalLM, model, dtype="auto")
     tokenizer = common.from_pretrained(AutoTokenizer, model)
-    if tokenizer.chat_template is None:
-        raise common.UserError(f"--llm {model} has no chat template; take an instruct model")
+    require(tokenizer.chat_template, f"--llm {model} has no chat template; give an instruct model")
+    return tokenizer
+
+
+def ask_llm(model: str, class_names: list[str], count: int, uncommon: bool = False) -> dict[str, list[str]]:
+    """Asks an instruct model for `count` prompts of each class. Raises UserError if it cannot be loaded."""
+    from transformers import AutoModelForCausalLM, TextGenerationPipeline
+
+    tokenizer = chat_tokenizer(model)
+    llm = common.from_pretrained(AutoModelForCausalLM, model, dtype="auto")
     chat = TextGenerationPipeline(llm.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer)
-    prompts = {}
+    options = dict(max_new_tokens=40 * count, do_sample=False, return_full_text=False)
+    place, prompts = UNCOMMON_PLACE if uncommon else COMMON_PLACE, {}
     for name in tqdm(class_names, "asking for prompts"):
-        place = UNCOMMON_PLACE if uncommon else COMMON_PLACE
-        message = REQUEST.format(count=count, name=name, place=place)
-        answer = chat(
-            [{"role": "user", "content": message}], max_new_tokens=40 * count, do_sample=False,
-            return_full_text=False,
-        )[0]["generated_text"]  # fmt: skip
+        request = REQUEST.format(count=count, name=name, place=place)
+        answer = chat([{"role": "user", "content": request}], **options)[0]["generated_text"]
         prompts[name] = parse_answer(answer, name, count)
     return prompts
 
 
-def write_prompts(path: Path, prompts: dict[str, list[str]], class_names: list[str]) -> None:
-    """A CSV file of the authors' format, class_name;class_idx;prompt."""
+def write_prompts(args: Args, class_names: list[str]) -> str:
+    """Prompts by the language model, or of random words, as the text of a CSV file; see read_prompts."""
+    count = args.prompts_per_class
+    if args.prompts == "llm":
+        prompts = ask_llm(args.llm, class_names, count, args.uncommon)
+    else:
+        words, rng = DIGIT_WORDS if args.dataset == "digits" else WORDS, np.random.default_rng(args.seed)
+        prompts = {name: [write_prompt(name, rng, words) for _ in range(count)] for name in class_names}
     writer = csv.writer(file := io.StringIO(), delimiter=";", lineterminator="\n")
     writer.writerow(["class_name", "class_idx", "prompt"])
     for name, lines in prompts.items():
-        writer.writerows([name, class_names.index(name), line] for line in lines)
-    common.write_whole(path, file.getvalue())
+        lines = [p for p in lines if len(names_in(p, name)) == 1]  # a random word may be the class's name
+        writer.writerows([name, class_names.index(name), p] for p in lines)
+    return file.getvalue()
 
 
 def read_prompts(path: Path, class_names: list[str]) -> dict[str, list[str]]:
-    """The prompts of a CSV file class_name;class_idx;prompt; a class without any gets "a photo of a {name}".
+    """The prompts of each class from a CSV file class_name;class_idx;prompt, in the format of the authors.
 
-    Raises UserError, with the number of the line, for one that has other columns, an unknown class, or a
-    prompt that does not contain the class name exactly once; and for a file without prompts.
+    {name} in a prompt stands for the class name. The second column has no effect: in the authors' files it
+    counts the prompts of a class, and in those of write_prompts it is the index of the class. A class without
+    prompts gets "a photo of a {name}". Raises UserError, which names the line, if a line has other columns,
+    an unknown class, or a prompt that does not contain the class name exactly once.
     """
     prompts = {name: [] for name in class_names}
-    known = {(name, str(i)) for i, name in enumerate(class_names)}
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise common.UserError(f"cannot read the prompts {path}: {error}") from None
     reader = csv.reader(text.splitlines(), delimiter=";")
     for row in reader:
-        where = f"{path}, line {reader.line_num}"
-        if not row or (reader.line_num == 1 and row[:1] == ["class_name"]):
+        place = f"{path}, line {reader.line_num}"
+        if not row or (reader.line_num == 1 and row[0] == "class_name"):
             continue
-        if len(row) != 3:
-            raise common.UserError(f"{where}: {len(row)} columns, not class_name;class_idx;prompt")
-        name, index, prompt = (field.strip() for field in row)
-        if (name, index) not in known:
-            raise common.UserError(f"{where}: no class '{name}' of index {index}")
-        if len(names_in(prompt, name)) != 1:
-            raise common.UserError(f"{where}: the prompt must contain '{name}' exactly once")
+        require(len(row) == 3, f"{place}: {len(row)} columns instead of class_name;class_idx;prompt")
+        name, _, prompt = (field.strip() for field in row)
+        require(name in prompts, f"{place}: the data set has no class '{name}'")
+        prompt = prompt.replace("{name}", name)
+        # choice: the name is looked for as a whole word, as the token is that takes its place
+        once = len(names_in(prompt, name)) == 1
+        require(once, f"{place}: the prompt must contain '{name}' exactly once, or {{name}} in its place")
         prompts[name].append(prompt)
-    if not any(prompts.values()):
-        raise common.UserError(f"{path} has no prompts")
+    require(any(prompts.values()), f"{path} has no prompts")
     return {name: lines or [PHOTO.format(name)] for name, lines in prompts.items()}
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Generation by img2img (SDEdit, Meng et al. 2022)
+# Section 3.2: variations of the real images by SDEdit (Meng et al. 2022), also known as img2img
 
 
-def stock_img2img(pipe, steps: int, strength: float):
-    """The stock pipeline of pipe's parts, with DDIM. Raises UserError if no valid step is left."""
-    from diffusers import StableDiffusionImg2ImgPipeline
-
-    stock = StableDiffusionImg2ImgPipeline(**pipe.components, requires_safety_checker=False)
-    stock.scheduler, _ = common.ddim(pipe, steps, strength)
-    stock.set_progress_bar_config(disable=True)
-    return stock
-
-
+@torch.no_grad()
 def img2img(
     pipe,
-    latents,
+    latents: torch.Tensor,
     prompts: list[str],
-    generators,
+    generators: list[torch.Generator],
     *,
     steps: int = 50,
     strength: float = 0.7,
-    guidance_scale=15.0,
+    guidance_scale: float = 15.0,
 ) -> torch.Tensor:
-    """Variations [B, 3, H, W] in [0, 1] of images given as scaled latents [B, 4, h, w] (SDEdit), one batch.
+    """Draws variations [B, 3, H, W] in [0, 1] of images: noise up to t_0, then DDIM back to 0 with a prompt.
 
-    Stock img2img with DDIM; a prompt and a CPU generator per image.
+        (3)  x_{t_0}  = sqrt(alpha_{t_0}) z + sqrt(1 - alpha_{t_0}) xi        alpha: alphas_cumprod
+        (4)  eps^     = eps(x_t, "") + s (eps(x_t, c) - eps(x_t, ""))         classifier-free guidance
+        (5)  x_{t-1}  = sqrt(alpha_{t-1}) x^_0 + sqrt(1 - alpha_{t-1}) eps^   x^_0: from x_t and eps^
+
+    latents: z [B, C, h, w], scaled; prompts and CPU generators: one per image
+    strength: t_0, as a share of the noise schedule
+    guidance_scale: s; up to 1 there is no guidance, only the prompt, as in diffusers
+
+    The images are bit-equal to those of diffusers' StableDiffusionImg2ImgPipeline with DDIM. Raises UserError
+    if no step is left.
     """
-    stock = stock_img2img(pipe, steps, strength)
-    return stock(
-        prompts, latents, strength=strength, num_inference_steps=steps, guidance_scale=guidance_scale,
-        generator=generators, output_type="pt",
-    ).images.float()  # fmt: skip
+    from diffusers.utils.torch_utils import randn_tensor
+
+    scheduler, timesteps = common.ddim(pipe, steps, strength)
+    guided = guidance_scale > 1
+    c, empty = pipe.encode_prompt(prompts, pipe.device, 1, guided)
+    text = torch.cat([empty, c]) if guided else c
+    z = latents.to(pipe.device, c.dtype)
+    xi = randn_tensor(z.shape, generators, pipe.device, c.dtype)
+    x = scheduler.add_noise(z, xi, timesteps[:1])  # (3)
+    for t in timesteps:
+        output = pipe.unet(torch.cat([x, x]) if guided else x, t, text).sample
+        if guided:
+            output_empty, output_c = output.chunk(2)
+            output = output_empty + guidance_scale * (output_c - output_empty)  # (4)
+        x = scheduler.step(output, t, x).prev_sample  # (5)
+    return common.decode(pipe, x)
 
 
 # ----------------------------------------------------------------------------------------------------------
-# 3.3 Weighting: a filter classifier, its temperature, the weights of synthetic images, and draws by weight
+# Section 3.3: the filter classifier, its temperature, the weights of synthetic images, and draws by weight
 
 
 class Probe(nn.Module):
-    """A classifier of which only the last linear layer learns; its batch norm does not move either."""
+    """A classifier of which only the last linear layer learns. Its batch norm does not move either."""
 
     def __init__(self, classifier: nn.Module):
         super().__init__()
@@ -421,83 +502,97 @@ class Probe(nn.Module):
         return self.head(self.backbone(x))
 
 
-def new_classifier(args, class_names: list[str]) -> nn.Module:
-    classifier = common.build_classifier(
-        args.classifier, class_names, args.image_size, args.pretrained, args.clip
-    )
+def new_classifier(args: Args, class_names: list[str]) -> nn.Module:
+    """The classifier that the arguments name, for the downstream task and for the filter."""
+    size, pretrained = args.image_size, args.pretrained
+    classifier = common.build_classifier(args.classifier, class_names, size, pretrained, args.clip)
     return Probe(classifier) if args.frozen else classifier
 
 
 def fit_temperature(logits: torch.Tensor, labels: torch.Tensor) -> float:
-    """The T > 0 that minimises the negative log-likelihood of logits / T (Guo et al. 2017), by LBFGS."""
-    log_t = torch.zeros((), requires_grad=True)
+    """The temperature that calibrates a classifier on logits [N, K] and labels [N] (Guo et al. 2017).
+
+        (6)  T = argmin_T NLL(softmax(logits / T), labels)      by LBFGS on log T, so that T > 0
+
+    T is 1 if LBFGS does not lower the loss.
+    """
+    log_t, logits = torch.zeros((), requires_grad=True), logits.detach()
     optimizer = torch.optim.LBFGS([log_t], lr=0.1, max_iter=100, line_search_fn="strong_wolfe")
 
     def closure():
         optimizer.zero_grad()
-        loss = F.cross_entropy(logits.detach() / log_t.exp(), labels)
+        loss = F.cross_entropy(logits / log_t.exp(), labels)  # (6)
         loss.backward()
         return loss
 
     optimizer.step(closure)
-    found = F.cross_entropy(logits / log_t.detach().exp(), labels)
-    return float(log_t.detach().exp()) if found <= F.cross_entropy(logits, labels) else 1.0
+    T = log_t.detach().exp()
+    lower = F.cross_entropy(logits / T, labels) <= F.cross_entropy(logits, labels)
+    return float(T) if lower else 1.0
 
 
-def confidences(args: Args, accelerator, data: common.Data, images: common.Images, views: int = 5):
-    """Each image's confidence q [N] in its label, averaged over augmented views, by the filter classifier.
+def train_filter(args: Args, accelerator, data: common.Data) -> nn.Module:
+    """Trains the filter classifier on the real images with RandAugment; returns it at its best epoch.
 
-    The filter trains on the real images with RandAugment until its validation loss has not fallen for five
-    epochs; its best weights count; its temperature is fitted on validation. Also returns that temperature and
-    the logits and labels of the validation split.
+    The best epoch is the one with the lowest loss on the validation split.
     """
     torch.manual_seed(args.seed)
-    net = new_classifier(args, data.class_names)
+    net, best = new_classifier(args, data.class_names), common.Best()
     optimizer = common.make_optimizer("adam", net, args.lr, 1e-2)
     model, optimizer = accelerator.prepare(net, optimizer)
-    plain = args.augment.removesuffix("+randaugment")
-    standard, strong = (
-        common.make_transforms(args.image_size, augment)[0] for augment in (plain, f"{plain}+randaugment")
-    )
-    real = data.train.subset(range(len(data.train)), strong)
-    best, losses = None, []
+    augment = args.augment.removesuffix("+randaugment") + "+randaugment"
+    real = data.train.transformed(common.make_transforms(args.image_size, augment)[0])
     quiet = not accelerator.is_main_process
-    for epoch in tqdm(range(args.filter_epochs), "filter classifier", disable=quiet):
+    for epoch in tqdm(range(args.filter_epochs), "filter classifier", leave=False, disable=quiet):
         common.seed_everything(args.seed, 10**6 + epoch)
         rng = np.random.default_rng([args.seed, 10**6 + epoch])
         drawn = draw_epoch(real.labels, 1, None, args.iterations * args.batch_size, 0.0, rng)
         loader = common.make_loader(real.subset(drawn), args.batch_size, accelerator, workers=args.workers)
         common.train_epoch(model, loader, optimizer, lambda _: args.lr, accelerator)
         logits, labels = common.predict(model, data.val, accelerator, args.workers)
-        losses.append(F.cross_entropy(logits, labels).item())
-        if losses[-1] == min(losses):
-            best, val = {k: v.clone() for k, v in net.state_dict().items()}, (logits, labels)
-        elif losses.index(min(losses)) < epoch - 4:
+        best.update(epoch, -F.cross_entropy(logits, labels).item(), net)
+        if epoch - best.epoch >= 5:  # choice: the filter stops when the loss has not fallen for five epochs
             break
-    net.load_state_dict(best)
-    temperature = fit_temperature(*val)
+    net.load_state_dict(best.weights)
+    return model
+
+
+def confidences(
+    args: Args, accelerator, model: nn.Module, temperature: float, images: common.Images, views: int = 5
+) -> torch.Tensor:
+    """The confidence q [N] of the filter classifier `model` in each image's own label y.
+
+        (7)  q = mean_v softmax(f(x_v) / T)_y
+
+    x_v: randomly augmented views of the image, five in the paper; f: the classifier's logits; T: temperature
+    """
     common.seed_everything(args.seed, 2 * 10**6)
-    viewed, labels = images.subset(range(len(images)), standard), torch.tensor(images.labels)
+    augment = args.augment.removesuffix("+randaugment")
+    viewed, labels = images.transformed(common.make_transforms(args.image_size, augment)[0]), images.labels
     logits = [common.predict(model, viewed, accelerator, args.workers)[0] for _ in range(views)]
-    q = (torch.stack(logits) / temperature).softmax(2).mean(0)[torch.arange(len(labels)), labels]
-    return q, temperature, val
+    return (torch.stack(logits) / temperature).softmax(2).mean(0)[torch.arange(len(labels)), labels]  # (7)
 
 
 def weights_of(confidence: torch.Tensor) -> torch.Tensor:
-    """w(q) = min(1, 2 q) of [N, M] confidences, normalised over the M images of each real one.
+    """The weights [N, M] of the M variations of N real images, from the filter's confidences q [N, M].
 
-    Where all M are zero they are equal.
+        (8)  w(q) = min(1, 2 q)
+
+    They are normalised over the M variations of a real image.
     """
-    w = (2 * confidence).clamp(max=1)
+    w = (2 * confidence).clamp(max=1)  # (8)
+    # choice: if all M confidences are 0, the weights are equal
     w = torch.where(w.sum(1, keepdim=True) > 0, w, torch.ones_like(w))
     return w / w.sum(1, keepdim=True)
 
 
-def draw_epoch(labels, variations: int, weights, count: int, probability: float, rng) -> np.ndarray:
-    """`count` draws of an epoch: indices into N real images followed by their N * M synthetic ones.
+def draw_epoch(
+    labels, variations: int, weights: np.ndarray | None, count: int, probability: float, rng
+) -> np.ndarray:
+    """The `count` draws of an epoch: indices into N real images followed by their N M synthetic images.
 
-    Class-balanced real images; each is replaced with `probability` by one of its M by weight [N, M]. Without
-    weights (None) there are only real images.
+    All classes are equally probable. With `probability` a drawn real image is replaced by one of its M
+    variations, which is drawn by `weights` [N, M]. If these are None, no real image is replaced.
     """
     labels = np.asarray(labels)
     members = [np.flatnonzero(labels == c) for c in np.unique(labels)]
@@ -513,356 +608,345 @@ def draw_epoch(labels, variations: int, weights, count: int, probability: float,
 # The run
 
 
-def learn_tokens(args: Args, run: common.Run, accelerator, pipe, data: common.Data) -> torch.Tensor:
-    """Textual Inversion of every class [K, d], split over the processes by groups that fill a batch.
+def load_few(args: Args) -> common.Data:
+    """The data set with few training images of each class, and with a validation split.
 
-    A class's embedding is kept as embeddings/CLASS/learned_embeds.safetensors, which stock diffusers reads,
-    and used if it is there. Where one of a group is missing the whole group trains, as it would have at once.
+    Raises UserError if a class has too few images for both.
     """
-    folder = Path(args.embeddings or run.path) / "embeddings"
-    names, pixels = common.class_folders(data.class_names), common.resolution(pipe)
-    files = [folder / name / "learned_embeds.safetensors" for name in names]
-    real = data.train.subset(range(len(data.train)), common.make_transforms(pixels, "none")[1])
-    start = initial_embeddings(pipe, data.class_names, args.initializer)
-    groups = torch.arange(len(names)).split(max(1, args.generation_batch_size // args.inversion_batch_size))
-    templates = [args.prompt] if args.dataset == "digits" else TEMPLATES
-    for group in groups[accelerator.process_index :: accelerator.num_processes]:
-        group = group.tolist()
-        if all(files[c].exists() for c in group):
-            continue
-        members = [i for i, y in enumerate(real.labels) if y in group]
-        path = run.path / f"inversion-{group[0]:04d}.pt"
-        rows = textual_inversion(
-            pipe, torch.stack([real[i][0] for i in members]),
-            torch.tensor([group.index(real.labels[i]) for i in members]),
-            [f"<{names[c]}>" for c in group], start[group], steps=args.inversion_steps,
-            batch_size=args.inversion_batch_size, lr=args.inversion_lr, templates=templates,
-            flip=args.augment != "digits", seed=args.seed, keys=group,
-            state=run.load(path.name), save=lambda state, path=path: common.save_atomically(state, path),
-        )  # fmt: skip
-        for c, row in zip(group, rows.cpu(), strict=True):
-            files[c].parent.mkdir(parents=True, exist_ok=True)
-            if not files[c].exists():
-                save_embedding(row, f"<{names[c]}>", files[c])
-    accelerator.wait_for_everyone()
-    return torch.stack([load_embedding(file, start.shape[1]) for file in files])
+    data = common.data_of(args)
+    if data.val is None:
+        # choice: without a validation split a quarter of the few images, at least one per class, is held out
+        others, held = common.split_per_class(data.train.labels, 0.25, args.seed, at_least=1)
+        data.val = data.train.subset(held, data.test.transform)
+        data.train = data.train.subset(others)
+        left = len(set(data.train.labels)) == len(data.class_names)
+        require(left, "too few images to hold some out for validation; give val/ or more images per class")
+    return data
 
 
-def save_embedding(row: torch.Tensor, token: str, path: Path) -> None:
-    """A token's embedding [d] in the format of diffusers' load_textual_inversion, whole or not at all."""
-    from safetensors.torch import save_file
-
-    temporary = path.with_name(path.name + ".tmp")
-    save_file({token: row}, temporary)
-    temporary.replace(path)
+def embedding_files(folder: Path, class_names: list[str]) -> list[Path]:
+    """The file of each class's embedding in a run folder; the format is that of load_textual_inversion."""
+    folders = common.class_folders(class_names)
+    return [folder / "embeddings" / name / "learned_embeds.safetensors" for name in folders]
 
 
-def load_embedding(path: Path, width: int) -> torch.Tensor:
-    """The only embedding [width] in a learned_embeds.safetensors. Raises UserError if there is none such."""
-    from safetensors.torch import load_file
+def save_embedding(row: torch.Tensor, token: str, file: Path) -> None:
+    """Writes a token's embedding [d], whole or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    save_file({token: row}, temporary := file.with_suffix(".tmp"))
+    temporary.replace(file)
 
+
+def load_embedding(file: Path, width: int) -> torch.Tensor:
+    """Reads the embedding [width] of a token. Raises UserError if the file holds anything else."""
     try:
-        (row,) = load_file(path).values()
+        (row,) = load_file(file).values()
         return row.float().reshape(width)
     except Exception as error:
-        raise common.UserError(f"cannot read the embedding {path} ({error}); delete it") from None
+        raise common.UserError(f"cannot read the embedding {file} ({error}); delete it") from None
 
 
-def find_prompts(args: Args, run: common.Run, accelerator, data: common.Data) -> dict[str, list[str]]:
-    """The prompts of each class, with its name in them: bank, llm (asked once) or a CSV file; kept in OUT.
+def read_embeddings(folder: Path, class_names: list[str], pipe) -> torch.Tensor:
+    """The learned embeddings [K, d] of all classes in a run folder. Raises UserError if it lacks one."""
+    files, width = embedding_files(folder, class_names), pipe.text_encoder.config.hidden_size
+    for file in files:
+        require(file.exists(), f"--embeddings {folder} must have the tokens of all classes, but lacks {file}")
+    return torch.stack([load_embedding(file, width) for file in files])
 
-    Those of an earlier run with other arguments, of which there is no checkpoint, are written anew.
+
+def learn_tokens(args: Args, run: common.Run, pipe, data: common.Data) -> torch.Tensor:
+    """The embeddings [K, d] of all classes, by Textual Inversion or from the run that --embeddings names.
+
+    Classes learn in groups that fill a batch, split over the processes; see Run.missing. A group that was
+    interrupted starts again.
     """
-    names, path = data.class_names, run.path / "prompts.csv"
+    if args.embeddings:
+        return read_embeddings(Path(args.embeddings), data.class_names, pipe)
+    files = embedding_files(run.path, data.class_names)
+    tokens = [f"<{folder}>" for folder in common.class_folders(data.class_names)]
+    real = data.train.transformed(common.make_transforms(common.resolution(pipe), "none")[1])
+    start = initial_embeddings(pipe, data.class_names, args.initializer)
+    options = dict(steps=args.inversion_steps, batch_size=args.inversion_batch_size, lr=args.inversion_lr)
+    options |= dict(flip=args.augment != "digits", seed=args.seed)  # a mirrored digit is none
+    if args.dataset == "digits":
+        options |= dict(templates=[args.prompt])  # the only template that the embedded generator has learned
+    group_size = max(1, args.generation_batch_size // args.inversion_batch_size)
+    for group in run.missing("learning tokens", files, group_size):
+        members = [i for i, y in enumerate(real.labels) if y in group]
+        images = torch.stack([real[i][0] for i in members])
+        labels = torch.tensor([group.index(real.labels[i]) for i in members])
+        names = [tokens[c] for c in group]
+        rows = textual_inversion(pipe, images, labels, names, start[group], keys=group, **options)
+        for c, row in zip(group, rows.cpu(), strict=True):
+            save_embedding(row, tokens[c], files[c])
+    return read_embeddings(run.path, data.class_names, pipe)
+
+
+def find_prompts(args: Args, run: common.Run, class_names: list[str]) -> dict[str, list[str]]:
+    """The prompts of each class, with its name in them. Those of bank and llm are kept in prompts.csv."""
     if args.prompts == "none":
-        return {name: [args.prompt.format(name)] for name in names}
+        return {name: [args.prompt.format(name)] for name in class_names}
     if args.prompts not in ("bank", "llm"):
-        return read_prompts(Path(args.prompts), names)
-    if run.main and not (path.exists() and any(run.path.glob("*.pt"))):
-        if args.prompts == "llm":
-            prompts = ask_llm(args.llm, names, args.prompts_per_class, args.uncommon)
-        else:
-            words, rng = DIGIT_WORDS if args.dataset == "digits" else WORDS, np.random.default_rng(args.seed)
-            prompts = {n: [write_prompt(n, rng, words) for _ in range(args.prompts_per_class)] for n in names}
-            prompts = {n: [p for p in lines if len(names_in(p, n)) == 1] for n, lines in prompts.items()}
-        write_prompts(path, prompts, names)
-    accelerator.wait_for_everyone()
-    return read_prompts(path, names)
+        return read_prompts(Path(args.prompts), class_names)
+    run.once("prompts.csv", write_prompts, args, class_names)
+    return read_prompts(run.path / "prompts.csv", class_names)
 
 
-def generate(args: Args, run, accelerator, pipe, data: common.Data, rows, prompts, folder: Path):
-    """M img2img variations of every real image, as files in `folder`; returns their records, and the seconds.
+def plan_variations(args: Args, data: common.Data, prompts: dict[str, list[str]]) -> list[dict]:
+    """The metadata of the M variations of every real image, one real image after the other.
 
-    rows: the tokens' embeddings [K, V, d], or None: the class's name stands in the prompt (Real Guidance).
-    prompts: per class. Variants and prompts take turns within a class. Every image has its own generator; all
-    images of all classes fill the batches; what exists is skipped.
+    The variations of a class take its prompts in rotation, and also its noisy tokens. In Real Guidance the
+    class name stays in the prompt.
     """
-    names, pixels = common.class_folders(data.class_names), common.resolution(pipe)
-    real = data.train.subset(range(len(data.train)), common.make_transforms(pixels, "none")[1])
-    records, turn = [], dict.fromkeys(range(len(names)), 0)
-    for i, y in enumerate(real.labels):
+    folders, records = common.class_folders(data.class_names), []
+    count = [0] * len(folders)  # variations of each class so far
+    for i, y in enumerate(data.train.labels):
+        name, lines = data.class_names[y], prompts[data.class_names[y]]
         for m in range(args.variations):
-            name = data.class_names[y]
-            prompt = prompts[name][turn[y] % len(prompts[name])]
-            variant = turn[y] % rows.shape[1] if rows is not None else 0
-            if rows is not None:
-                prompt = with_token(prompt, name, f"<{names[y]}|{variant}>")
-            turn[y] += 1
-            record = {"file_name": f"{names[y]}/{i:06d}-{m:02d}.png", "label": y, "class_name": name}
-            record |= {"guide": real.name(i), "guide_index": i, "prompt": prompt, "seed": [args.seed, i, m]}
-            records.append(record)
-    todo = [r for r in records if not (folder / r["file_name"]).exists()]
-    if rows is not None and todo:
-        tokens = [f"<{name}|{v}>" for name in names for v in range(rows.shape[1])]
-        with NewTokens(pipe, tokens, rows.flatten(0, 1).to(pipe.device)):
-            pass
-    size, latents, state = args.generation_batch_size, {}, f"{folder.name}-seconds.pt"
-    seconds = (run.load(state) or {"seconds": 0.0})["seconds"]
-    run.save(state, {"seconds": seconds})
-    batches = [records[b : b + size] for b in range(0, len(records), size)]
-    mine = batches[accelerator.process_index :: accelerator.num_processes]
-    for batch in tqdm(mine, "generating", disable=not run.main):
-        if not any(not (folder / r["file_name"]).exists() for r in batch):
-            continue
-        clock = time.time()
-        with torch.no_grad():  # each real image is encoded once, alone: the same beside whichever others
-            latents = {
-                i: latents[i] if i in latents else common.encode(pipe, real[i][0][None])[0]
-                for i in sorted({r["guide_index"] for r in batch})
-            }
-        images = img2img(
-            pipe,
-            torch.stack([latents[r["guide_index"]] for r in batch]),
-            [r["prompt"] for r in batch],
-            [common.generator(*r["seed"]) for r in batch],
-            steps=args.steps,
-            strength=args.strength,
-            guidance_scale=args.guidance_scale,
-        )
-        for image, r in zip(images, batch, strict=True):
-            common.save_png(image, folder / r["file_name"])
-        seconds += time.time() - clock
-        run.save(state, {"seconds": seconds})
-    accelerator.wait_for_everyone()
-    return records, seconds
+            prompt, v = lines[count[y] % len(lines)], count[y] % len(args.sigmas)
+            count[y] += 1
+            if args.method != "real_guidance":
+                prompt = with_token(prompt, name, f"<{folders[y]}|{v}>")
+            record = {"file_name": f"{folders[y]}/{i:06d}-{m:02d}.png", "label": y, "class_name": name}
+            record |= {"guide": data.train.name(i), "guide_index": i}
+            records.append(record | {"prompt": prompt, "seed": [args.seed, i, m]})
+    return records
 
 
-def synthesize(args: Args, run, accelerator, pipe, data: common.Data, prompts, folder: Path):
-    """Generates the images of args.method in `folder`: (their records, seconds)."""
-    rows = None
+def draw_variations(args: Args, run, pipe, data: common.Data, records: list[dict], folder: Path) -> None:
+    """Draws the images of the records, a batch at a time, split over the processes; see Run.missing."""
+    real = data.train.transformed(common.make_transforms(common.resolution(pipe), "none")[1])
+
+    @lru_cache(args.generation_batch_size)
+    @torch.no_grad()
+    def latents(i: int) -> torch.Tensor:  # encoded alone: the bits do not depend on the rest of the batch
+        return common.encode(pipe, real[i][0][None])[0]
+
+    options = dict(steps=args.steps, strength=args.strength, guidance_scale=args.guidance_scale)
+    files = [folder / record["file_name"] for record in records]
+    for batch in run.missing(f"{folder.name} images", files, args.generation_batch_size):
+        z = torch.stack([latents(records[j]["guide_index"]) for j in batch])
+        generators = [common.generator(*records[j]["seed"]) for j in batch]
+        images = img2img(pipe, z, [records[j]["prompt"] for j in batch], generators, **options)
+        run.keep(images, [files[j] for j in batch])
+
+
+def synthesize(args: Args, run: common.Run, pipe, data: common.Data, folder: Path) -> list[dict]:
+    """Generates the variations of all real images in `folder`, and returns their metadata."""
+    records = plan_variations(args, data, find_prompts(args, run, data.class_names))
     if args.method != "real_guidance":
-        rows = learn_tokens(args, run, accelerator, pipe, data)
+        rows = learn_tokens(args, run, pipe, data)
         generators = [common.generator(args.seed, 3, c) for c in range(len(rows))]
         rows = noisy_embeddings(rows, args.sigmas, generators, args.relative_sigma)
-    return generate(args, run, accelerator, pipe, data, rows, prompts, folder)
+        # choice: every noisy embedding has a token of its own, named by its class and the index of its sigma
+        folders = common.class_folders(data.class_names)
+        tokens = [f"<{name}|{v}>" for name in folders for v in range(len(args.sigmas))]
+        with NewTokens(pipe, tokens, rows.flatten(0, 1).to(pipe.device)):
+            pass  # on leaving, the pipeline's own table holds the embeddings
+    draw_variations(args, run, pipe, data, records, folder)
+    return records
 
 
-def read_variations(args: Args, data: common.Data, folder: Path) -> list[dict]:
-    """The records of another run's images in `folder`. UserError if they vary other training images."""
+def read_variations(args: Args, data: common.Data) -> list[dict]:
+    """The metadata of the images of the run that --synthetic names.
+
+    Raises UserError if they are variations of other real images than this run's, or if some are missing.
+    """
+    folder, config = Path(args.synthetic) / "synthetic", Path(args.synthetic) / "config.json"
     records = common.read_records(folder, data.class_names)
-    try:
-        theirs = json.loads((folder.parent / "config.json").read_text())["args"]
-    except (OSError, ValueError, KeyError) as error:
-        raise common.UserError(
-            f"--synthetic: cannot read {folder.parent / 'config.json'} ({error})"
-        ) from None
+    require(config.exists(), f"--synthetic: cannot read {config}; name a folder that diagen.py has written")
+    settings = common.read_file(config)["args"]
     for name in ("dataset", "seed", "examples_per_class", "variations"):
-        if theirs.get(name) != getattr(args, name):
-            raise common.UserError(
-                f"--synthetic: {args.synthetic} has --{name} {theirs.get(name)}, "
-                f"this run --{name} {getattr(args, name)}; its images vary others"
-            )
-    if [r["guide_index"] for r in records] != [
-        i for i in range(len(data.train)) for _ in range(args.variations)
-    ]:
-        raise common.UserError(f"--synthetic: images in {folder} are missing; go on with that run first")
+        there, here = settings.get(name), getattr(args, name)
+        message = f"--synthetic: {args.synthetic} has --{name} {there}, this run --{name} {here}"
+        require(there == here, f"{message}; its images are variations of other real images")
+    guides = [i for i in range(len(data.train)) for _ in range(args.variations)]
+    complete = [record["guide_index"] for record in records] == guides
+    require(complete, f"--synthetic: images in {folder} are missing; finish that run first")
     return records
 
 
 @dataclass
 class Synthetic:
-    """The M variations of each of N real images, in order: images (N * M), weights [N, M], their records."""
+    """The variations of N real images, in order."""
 
-    images: common.Images
-    weights: np.ndarray
-    records: list[dict]
+    images: common.Images  # N M
+    weights: np.ndarray  # [N, M]
+    records: list[dict]  # metadata of the N M images
+    report: dict  # their scores, for the result of the run
 
 
-def weigh(args: Args, run, accelerator, data: common.Data, records: list[dict], folder: Path):
-    """Weighs the images in `folder`, and writes that into their metadata: (Synthetic, what to report)."""
-    sources = [common.keep_small(folder / r["file_name"], args.image_size) for r in records]
-    images = common.Images(sources, [r["label"] for r in records], data.train.transform)
-    plain = images.subset(range(len(images)), data.test.transform)
-    about = {"synthetic": len(records)}
+def judge_variations(args: Args, run: common.Run, data: common.Data, images: common.Images) -> dict:
+    """The filter classifier's confidence in each image, and its scores before and after calibration.
+
+    Also draws the reliability diagram filter.png.
+    """
+    model = train_filter(args, run.accelerator, data)
+    logits, labels = common.predict(model, data.val, run.accelerator, args.workers)
+    temperature = fit_temperature(logits, labels)
+    if run.main:
+        series = {"before": (logits, labels), "after": (logits / temperature, labels)}
+        common.save_reliability(series, run.path / "filter.png")
+    before, after = common.scores(logits, labels), common.scores(logits / temperature, labels)
+    report = {"temperature": temperature, "accuracy": before["top1"]}
+    report |= {"ece": before["ece"], "ece_calibrated": after["ece"]}
+    report |= {"nll": before["nll"], "nll_calibrated": after["nll"]}
+    return {"confidence": confidences(args, run.accelerator, model, temperature, images), "report": report}
+
+
+def weigh(args: Args, run: common.Run, data: common.Data, records: list[dict], folder: Path) -> Synthetic:
+    """Weighs the images of the records, which are in `folder`, and writes the weights into the metadata."""
+    sources = [common.keep_small(folder / record["file_name"], args.image_size) for record in records]
+    images = common.Images(sources, [record["label"] for record in records], data.train.transform)
+    plain, N, M = images.transformed(data.test.transform), len(data.train), args.variations
+    report = {"synthetic": N * M, "generation": run.seconds.get(f"{folder.name} images", 0.0)}
     if args.dataset == "digits":
-        about["distances"], _ = common.distances_to_test(plain, data, accelerator)
-    weights = torch.full((len(data.train), args.variations), 1 / args.variations)
+        from digits import judge
+
+        report["distances"], _ = judge.distances_to_test(plain, data, run.accelerator)
+    weights = torch.full((N, M), 1 / M)
     if args.weighting:
-        if (known := run.load("filter.pt")) is None:
-            q, temperature, (logits, y) = confidences(args, accelerator, data, plain)
-            before, after = common.scores(logits, y), common.scores(logits / temperature, y)
-            report = {"temperature": temperature, "accuracy": before["top1"]}
-            report |= {k: before[k] for k in ("ece", "nll")}
-            report |= {f"{k}_calibrated": after[k] for k in ("ece", "nll")}
-            if run.main:
-                series = {"before": (logits, y), "after": (logits / temperature, y)}
-                common.save_reliability(series, run.path / "filter.png")
-            run.save("filter.pt", known := {"confidence": q, "report": report})
-        q, about["filter"] = known["confidence"], known["report"]
-        weights = weights_of(q.view(len(data.train), args.variations))
-        for r, confidence in zip(records, q.tolist(), strict=True):
-            r["confidence"] = confidence
-    for r, w in zip(records, weights.flatten().tolist(), strict=True):
-        r["weight"] = w
-    run.write_lines("metadata.jsonl" if args.synthetic else f"{folder.name}/metadata.jsonl", records)
+        judged = run.once("filter.pt", judge_variations, args, run, data, plain, together=True)
+        q, report["filter"] = judged["confidence"], judged["report"]
+        weights = weights_of(q.view(N, M))
+        records = [r | {"confidence": value} for r, value in zip(records, q.tolist(), strict=True)]
+    records = [r | {"weight": w} for r, w in zip(records, weights.flatten().tolist(), strict=True)]
+    run.write("metadata.jsonl" if args.synthetic else f"{folder.name}/metadata.jsonl", records)
     weights = weights.double().numpy()
-    return Synthetic(images, weights / weights.sum(1, keepdims=True), records), about
+    return Synthetic(images, weights / weights.sum(1, keepdims=True), records, report)
 
 
-def save_pictures(run, data: common.Data, made: dict[str, Synthetic], M: int) -> None:
-    """samples/: real | variations by each method, with prompts and weights; the last one's lowest weights."""
+def save_pictures(folder: Path, data: common.Data, synthetic: dict[str, Synthetic]) -> None:
+    """Draws real images beside their variations by each method, and the last method's lowest weights."""
 
     def caption(record: dict) -> str:
         return f"{record['prompt']}, {record['weight'] * M:.2f}"
 
-    last = list(made)[-1]
-    count = {title: min(M, 5 if len(made) == 1 else 4 if title == last else 2) for title in made}
+    last, M = list(synthetic)[-1], synthetic[list(synthetic)[-1]].weights.shape[1]
+    most = 4 if len(synthetic) > 1 else 5
+    shown = {title: min(M, most if title == last else 2) for title in synthetic}
     tiles, captions = [], []
     for i in np.linspace(0, len(data.train) - 1, min(6, len(data.train))).astype(int):
         tiles.append(common.open_image(data.train.sources[i]))
         captions.append("real")
-        for title, synthetic in made.items():
-            of_i = slice(i * M, i * M + count[title])
-            tiles += synthetic.images.sources[of_i]
-            captions += [f"{title}: {caption(r)}" for r in synthetic.records[of_i]]
-    columns = 1 + sum(count.values())
-    common.save_captioned(tiles, captions, run.path / "samples" / "variations.png", columns)
-    images, records = made[last].images, made[last].records
-    low = sorted(range(len(records)), key=lambda j: records[j]["weight"])[:12]
-    captions = [caption(records[j]) for j in low]
-    common.save_captioned([images.sources[j] for j in low], captions, run.path / "samples" / "lowest.png", 6)
+        for title, variations in synthetic.items():
+            of_i = slice(i * M, i * M + shown[title])
+            tiles += variations.images.sources[of_i]
+            captions += [f"{title}: {caption(record)}" for record in variations.records[of_i]]
+    common.save_captioned(tiles, captions, folder / "variations.png", columns=1 + sum(shown.values()))
+    sources, records = synthetic[last].images.sources, synthetic[last].records
+    lowest = np.argsort([record["weight"] for record in records], kind="stable")[:12]
+    captions = [caption(records[j]) for j in lowest]
+    common.save_captioned([sources[j] for j in lowest], captions, folder / "lowest.png", columns=6)
 
 
-def train(args, run, accelerator, data, synthetic: Synthetic | None, files: tuple[str, str], title: str):
-    """Trains a classifier; the epoch that is best on the validation split counts. Returns scores and log.
+def train(args: Args, run, accelerator, data: common.Data, synthetic: Synthetic | None, title: str) -> dict:
+    """Trains a downstream classifier and returns its scores on each split, at its best epoch.
 
-    files: of the checkpoint and of the metrics.
+    synthetic: the variations of the real images and their weights; None: the real images alone
     """
     torch.manual_seed(args.seed)
-    net = new_classifier(args, data.class_names)
+    net, best, real = new_classifier(args, data.class_names), common.Best(), data.train
     optimizer = common.make_optimizer(args.optimizer, net, args.lr, args.weight_decay)
     model, optimizer = accelerator.prepare(net, optimizer)
-    real, val = data.train, data.val
-    images = real + synthetic.images if synthetic else real
-    parts = {"model": net, "optimizer": optimizer}
-    progress = run.resume(files[0], {"epoch": 0, "log": [], "training": 0.0, "best": None}, **parts)
-    start = progress["epoch"]
-    bar = tqdm(range(start, args.epochs), title, initial=start, total=args.epochs, disable=not run.main)
-    for epoch in bar:
-        clock = time.time()
+    images, weights = (real + synthetic.images, synthetic.weights) if synthetic else (real, None)
+    count, probability = args.iterations * args.batch_size, args.synthetic_probability
+
+    for epoch in run.epochs(title, args.epochs, model=net, optimizer=optimizer, best=best):
+        # choose the images: real ones, class-balanced, and by weight their variations in the place of most
         common.seed_everything(args.seed, epoch)
-        drawn = draw_epoch(
-            real.labels, args.variations, synthetic and synthetic.weights, args.iterations * args.batch_size,
-            args.synthetic_probability, np.random.default_rng([args.seed, epoch]),
-        )  # fmt: skip
+        rng = np.random.default_rng([args.seed, epoch])
+        drawn = draw_epoch(real.labels, args.variations, weights, count, probability, rng)
+        run.log(synthetic_share=float((drawn >= len(real)).mean()))
+
+        # one epoch on these images
         loader = common.make_loader(images.subset(drawn), args.batch_size, accelerator, workers=args.workers)
-        line = {"epoch": epoch + 1, "synthetic_share": float((drawn >= len(real)).mean())}
-        line |= common.train_epoch(model, loader, optimizer, lambda _: args.lr, accelerator)
-        progress["training"] += time.time() - clock
-        score = common.scores(*common.predict(model, val, accelerator, args.workers))
-        line |= {"val": score["top1"], "val_nll": score["nll"]}
-        if progress["best"] is None or score["top1"] > progress["best"]["val"]:
-            weights = {k: v.clone() for k, v in net.state_dict().items()}
-            progress["best"] = {"val": score["top1"], "epoch": epoch + 1, "weights": weights}
-        progress["log"].append(line)
-        bar.set_postfix({k: f"{v:.3f}" for k, v in line.items() if isinstance(v, float)})
-        progress["epoch"] = epoch + 1
-        run.write_lines(files[1], progress["log"])
-        run.checkpoint(files[0], progress, **parts)
-    best = progress["best"]
-    net.load_state_dict(best["weights"])
-    final = common.evaluate(model, data, accelerator, args.workers)
-    return final | {"epoch": best["epoch"], "training": progress["training"]}, progress["log"]
+        run.log(**common.train_epoch(model, loader, optimizer, lambda _: args.lr, accelerator))
+
+        # the epoch that is best on the validation split counts
+        score = common.scores(*common.predict(model, data.val, accelerator, args.workers))
+        run.log(val=score["top1"], val_nll=score["nll"])
+        best.update(epoch, score["top1"], net)
+
+    net.load_state_dict(best.weights)
+    scores = common.evaluate(model, data, accelerator, args.workers)
+    scores |= {"epoch": best.epoch + 1, "training": run.seconds.get(title, 0.0)}
+    return scores | (synthetic.report if synthetic else {"synthetic": 0})
 
 
 METHODS = {"diagen": "DIAGen", "da_fusion": "DA-Fusion", "real_guidance": "Real Guidance"}
 
 
-def resolve(args: Args) -> Args:
-    """Fills the fields left open from the data set's recipe. Raises UserError for what cannot be."""
-    args = common.fill_recipe(args, RECIPES, "diagen")
-    common.check_choice("--method", args.method, METHODS)
-    common.check_at_least(1, args, "variations", "iterations", "inversion_batch_size", "filter_epochs")
-    common.check_at_least(1, args, "prompts_per_class")
-    if not args.sigmas or min(args.sigmas) < 0:
-        raise common.UserError(f"--sigmas {args.sigmas} must not be negative")
-    if not 0 <= args.synthetic_probability <= 1:
-        raise common.UserError("--synthetic_probability must lie between 0 and 1")
-    return as_method(args, args.method)
-
-
 def as_method(args: Args, method: str) -> Args:
-    """The settings that make DIAGen one of METHODS: DA-Fusion is DIAGen without its three parts."""
+    """The settings that make DIAGen one of METHODS; the baselines are DIAGen without its three parts."""
     args = dataclasses.replace(args, method=method)
     if method != "diagen":
         args.sigmas, args.prompts, args.weighting = [0.0], "none", False
     return args
 
 
-def check(args: Args, accelerator, pipe, data: common.Data) -> None:
-    """Raises UserError for the mistakes that would otherwise show only after the images are generated."""
-    classifier = new_classifier(args, data.class_names)
-    common.make_optimizer(args.optimizer, classifier, args.lr, args.weight_decay)
-    common.make_loader(data.train, args.batch_size, accelerator)
-    stock_img2img(pipe, args.steps, args.strength)
+def resolve(args: Args) -> Args:
+    """Fills the fields left None from the data set's recipe. Raises UserError if a value cannot be."""
+    args = common.fill_recipe(args, RECIPES, "diagen")
+    common.check_choice("--method", args.method, METHODS)
+    common.check_at_least(1, args, "variations", "iterations", "filter_epochs", "prompts_per_class")
+    common.check_at_least(1, args, "inversion_steps", "inversion_batch_size")
+    require(args.sigmas and min(args.sigmas) >= 0, f"--sigmas {args.sigmas} must not be negative")
+    share = args.synthetic_probability
+    require(0 <= share <= 1, f"--synthetic_probability {share} must lie between 0 and 1")
+    given = args.embeddings or args.synthetic
+    require(not (args.ladder and given), f"--ladder learns its own tokens and images; leave {given} out")
+    return as_method(args, args.method)
+
+
+def plan_jobs(args: Args) -> dict[str, Args | None]:
+    """The classifiers to train: title -> settings of their variations, or None for the real images alone."""
+    jobs = {"standard augmentation": None} if args.real_only or args.baseline else {}
+    if args.baseline and args.method == "diagen" and not (args.real_only or args.synthetic):
+        jobs["DA-Fusion"] = as_method(args, "da_fusion")
+    return jobs if args.real_only else jobs | {METHODS[args.method]: args}
+
+
+def check(args: Args, run: common.Run, accelerator, data: common.Data, pipe) -> None:
+    """Raises UserError for mistakes that would otherwise show only after hours."""
+    common.check_training(args, accelerator, data)
+    if args.synthetic and not args.real_only:
+        read_variations(args, data)
+    if pipe is None:
+        return
+    common.ddim(pipe, args.steps, args.strength)
     if args.method != "real_guidance":
         initial_embeddings(pipe, data.class_names, args.initializer)
+        if args.embeddings:
+            read_embeddings(Path(args.embeddings), data.class_names, pipe)
+    if args.prompts not in ("none", "bank", "llm"):
+        read_prompts(Path(args.prompts), data.class_names)
+    if args.prompts == "llm" and not (run.path / "prompts.csv").exists():
+        chat_tokenizer(args.llm)
 
 
 def run_once(args: Args, accelerator) -> dict:
-    """One run in args.out, with its baselines; a finished run's result is read from its folder."""
-    run = common.Run(args.out, args, accelerator, free=("seeds",))
+    """Makes one run in args.out, with its baselines. A finished run's result is read from its folder."""
+    run = common.Run(args, accelerator)
     if result := run.result():
         return result
-    data = common.data_of(args)
-    if data.val is None:  # a quarter of the few images, at least one of each class
-        rest, held = common.split_per_class(data.train.labels, 0.25, args.seed, at_least=1)
-        if len(np.unique(np.asarray(data.train.labels)[rest])) < len(data.class_names):
-            raise common.UserError(
-                "too few images to hold some out for validation; give val/ or more per class"
-            )
-        data.val = data.train.subset(held, data.test.transform)
-        data.train = data.train.subset(rest)
-    jobs = {"standard augmentation": None} if args.real_only or args.baseline else {}
-    if not args.real_only:
-        if args.baseline and args.method == "diagen" and not args.synthetic:
-            jobs["DA-Fusion"] = as_method(args, "da_fusion")
-        jobs[METHODS[args.method]] = args
-    if args.synthetic and not args.real_only:
-        folder, seconds = Path(args.synthetic) / "synthetic", 0.0
-        records = read_variations(args, data, folder)
-    elif not args.real_only:
-        pipe = common.load_pipeline(args.diffusion, accelerator.device)
-        common.checkpoint_gradients(pipe, args.gradient_checkpointing)
-        check(args, accelerator, pipe, data)
-        prompts = {title: find_prompts(job, run, accelerator, data) for title, job in jobs.items() if job}
-    result, logs, made = {}, {}, {}
-    for title, job in jobs.items():
-        main = title == list(jobs)[-1]
-        synthetic, about = None, {"synthetic": 0, "generation": 0.0}
+    data, pipe, result, synthetic = load_few(args), None, {}, {}
+    if not args.real_only and not args.synthetic:
+        device, save_memory = accelerator.device, args.gradient_checkpointing
+        pipe = common.load_pipeline(args.diffusion, device, gradient_checkpointing=save_memory)
+    check(args, run, accelerator, data, pipe)
+    run.begin()
+    for title, job in plan_jobs(args).items():
         if job:
-            if not args.synthetic:
-                folder = run.path / ("synthetic" if main else job.method)
-                records, seconds = synthesize(job, run, accelerator, pipe, data, prompts[title], folder)
-            synthetic, about = weigh(job, run, accelerator, data, records, folder)
-            about["generation"], made[title] = seconds, synthetic
+            folder = Path(args.synthetic or run.path) / ("synthetic" if job is args else job.method)
+            records = (
+                read_variations(job, data) if args.synthetic else synthesize(job, run, pipe, data, folder)
+            )
+            synthetic[title] = weigh(job, run, data, records, folder)
             if run.main:
-                save_pictures(run, data, made, args.variations)
-        name = "checkpoint" if main else re.sub(r"\W", "_", title)
-        files = (f"{name}.pt", "metrics.jsonl" if main else f"{name}.jsonl")
-        scores, logs[title] = train(args, run, accelerator, data, synthetic, files, title)
-        result[title] = scores | about
-    return run.finish(result, logs)
+                save_pictures(run.path / "samples", data, synthetic)
+        result[title] = train(args, run, accelerator, data, synthetic.get(title), title)
+    return run.finish(result)
 
 
 # The paper's ablation: every rung adds one part.
@@ -881,4 +965,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    common.cli(main, Args)
+    common.cli(main, Args, RECIPES)

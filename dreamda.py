@@ -1,9 +1,10 @@
 """DreamDA: generative data augmentation with diffusion models (Fu, Chen, Qiao, Yu, 2024, arXiv 2403.12803).
 
-A training image is inverted: into the noise with which the sampler would draw just this image. Sampling with
-that noise, the class as the prompt and the U-Net's bottleneck perturbed gives variations of it. They may no
-longer show the class of their seed, so asymmetric multi-head self-training (AMST) labels them: four auxiliary
-heads, trained on real images alone and kept different, have to agree and be confident.
+A training image, here called the source image (the paper's seed), is inverted: into the noise from which the
+sampler would draw exactly this image. Sampling again from this noise, with the class as the prompt and with
+noise added to the U-Net's bottleneck, gives variations of the image. A variation may no longer show the class
+of its source. Therefore asymmetric multi-head self-training (AMST) labels the variations: four auxiliary
+heads, which learn from real images alone and are kept different from each other, have to agree and be sure.
 
     python dreamda.py                                       handwritten digits, a few minutes on a laptop
     python dreamda.py --dataset pets                        the paper's experiment (one GPU, SD 1.5)
@@ -13,15 +14,18 @@ heads, trained on real images alone and kept different, have to agree and be con
     accelerate launch dreamda.py --dataset caltech101       several GPUs
 
 Paper to code:
-    inversion of the seed (CycleDiffusion)      invert, ddim_mean
-    perturbed reverse process                   vary, Perturbation
-    AMST: heads, losses, pseudo-labels          MultiHead, head_augmentations, orthogonality_loss, agreement,
-                                                consistency_loss, train
+    inversion (CycleDiffusion)                 invert, invert_cycle, equations (1) to (3)
+        q(z_{t-1} | z_t, z_0) and mu_theta     posterior_mean, mu_theta
+    perturbed reverse process                  vary, equations (5) and (6); Perturbation
+    AMST: the heads, their augmentations       MultiHead, head_augmentations
+        L_orth, pseudo-labels, L_cons, L       orthogonality_loss, agreement, consistency_loss,
+                                               self_training_loss, equations (7) to (11)
+        training                               train
 """
 
+import functools
 import itertools
 import math
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,97 +33,173 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from tqdm.auto import tqdm
 from transformers.hf_argparser import HfArg
 
 import common
+from common import require
 
 
 @dataclass
 class Args(common.RunArgs):
-    """DreamDA's arguments, beside every method's; "(recipe)": defaults to the data set's recipe."""
+    """DreamDA's own arguments. Where the default is None, the data set's recipe gives the value."""
 
-    # generation
-    variations: int | None = HfArg(default=None, help="variations of a training image, M (recipe)")
-    inversion: str = HfArg(default="cycle", help="cycle, ddim, or none: img2img with fresh noise")
-    inversions: int = HfArg(default=1, help="inversions of an image, its variations take turns")
+    # inversion
+    inversion: str = HfArg(default="cycle", help="cycle, ddim, or none, which is img2img with fresh noise")
+    inversions: int = HfArg(default=1, help="inversions of an image; its variations use them in turn")
+    strength: float = HfArg(default=0.8, help="share of the sampling steps that are inverted")
+    eta: float = HfArg(default=1.0, help="DDIM's eta; 1: every step carries noise, 0: none does")
+    source_prompt: str = HfArg(default="", help="prompt of the inversion; {} stands for the class name")
+    source_guidance: float = HfArg(default=1.5, help="guidance scale of the inversion, if it has a prompt")
+    # perturbed sampling
+    variations: int | None = HfArg(default=None, help="M, number of variations of each training image")
     perturb: str = HfArg(default="bottleneck", help="bottleneck, mid_input, down, up, latents or none")
-    noise_scale: float | None = HfArg(default=None, help="s (recipe)")
-    relative_noise: bool | None = HfArg(
-        default=None, help="s counts standard deviations of the perturbed features, not units (recipe)"
+    noise_scale: float | None = HfArg(default=None, help="s, scale of the noise on the features")
+    relative_noise: bool | None = HfArg(default=None, help="s counts the features' standard deviations")
+    paired_noise: bool = HfArg(default=False, help="give both guidance rows of an image the same noise")
+    synthetic: str | None = HfArg(default=None, help="use the images of this run folder, generate none")
+    # self-training; choice: the defaults, but for the number of heads
+    labels: str = HfArg(
+        default="amst", help="labels of synthetic images: amst, seed (their source's), head, soft or clip"
     )
-    paired_noise: bool = HfArg(default=False, help="both guidance rows of an image get the same noise")
-    strength: float = HfArg(default=0.8, help="share of the noise schedule that is inverted")
-    eta: float = HfArg(default=1.0, help="DDIM's eta; 1: every step carries noise")
-    source_prompt: str = HfArg(default="", help="prompt of the inversion, {} is the class name")
-    source_guidance: float = HfArg(default=1.5, help="its guidance; an empty prompt makes it idle")
-    synthetic: str | None = HfArg(default=None, help="a run folder whose images are used, none generated")
-    # self-training
-    labels: str = HfArg(default="amst", help="of synthetic images: amst, seed, head, soft or clip")
-    heads: int = HfArg(default=4, help="auxiliary heads of AMST")
-    threshold: float | None = HfArg(default=None, help="tau, least confidence of a pseudo-label (recipe)")
+    heads: int = HfArg(default=4, help="number of auxiliary heads of AMST")
+    threshold: float | None = HfArg(default=None, help="tau, least confidence of a pseudo-label")
     auxiliary_weight: float = HfArg(default=0.05, help="w_a, weight of L_aux")
     orthogonality_weight: float = HfArg(default=0.1, help="w_o, weight of L_orth")
-    consistency_weight: float | None = HfArg(default=None, help="w_c, weight of L_cons (recipe)")
-    synthetic_ratio: float = HfArg(default=2.0, help="synthetic images per real one in a batch")
-    unlabelled: int = HfArg(default=0, help="real images without labels that join the synthetic ones")
+    consistency_weight: float | None = HfArg(default=None, help="w_c, weight of L_cons")
+    synthetic_ratio: float = HfArg(default=2.0, help="synthetic images per real image in a batch")
+    unlabelled: int = HfArg(default=0, help="real images without labels, added to the synthetic ones")
 
 
-SD15 = dict(  # batch_size counts the real images; each comes with synthetic_ratio synthetic ones
-    prompt="a photo of a {}", workers=8, diffusion="stable-diffusion-v1-5/stable-diffusion-v1-5", steps=100,
-    guidance_scale=7.5, variations=30, noise_scale=3.0, relative_noise=False, generation_batch_size=10,
-    examples_per_class=0, classifier="resnet50", pretrained=False, image_size=224, augment="resized",
-    epochs=100, batch_size=32, optimizer="sgd", lr=0.01, weight_decay=1e-4, warmup=0.05, eval_every=5,
-    threshold=0.95, consistency_weight=1.0,
-)  # fmt: skip
+SD15 = dict(
+    # Stable Diffusion 1.5
+    diffusion="stable-diffusion-v1-5/stable-diffusion-v1-5",
+    prompt="a photo of a {}",
+    steps=100,
+    guidance_scale=7.5,
+    generation_batch_size=10,
+    # variations
+    variations=30,
+    noise_scale=3.0,
+    relative_noise=False,
+    # classifier
+    examples_per_class=0,
+    classifier="resnet50",
+    pretrained=False,
+    image_size=224,
+    augment="resized",
+    epochs=100,
+    batch_size=32,  # real images; synthetic_ratio times as many synthetic ones come with them
+    optimizer="sgd",
+    lr=0.01,
+    weight_decay=1e-4,
+    warmup=0.05,
+    eval_every=5,
+    workers=8,
+    # self-training
+    threshold=0.95,
+    consistency_weight=1.0,
+)
 RECIPES = {name: SD15 for name in common.DATASETS} | {
-    "digits": SD15 | dict(
-        workers=0, diffusion=str(common.ROOT / "digits_sd"), steps=25, guidance_scale=4.0, variations=10,
-        noise_scale=12.0, relative_noise=True, generation_batch_size=40, examples_per_class=8,
-        classifier="small_cnn", pretrained=True, image_size=32, augment="digits", epochs=20, batch_size=16,
-        optimizer="adamw", lr=1e-3, weight_decay=0.05, threshold=0.6,
-    ),
     "stl10": SD15 | dict(image_size=96, augment="crop"),
     "cifar10": SD15 | dict(image_size=32, augment="crop", variations=1),
     "cifar100": SD15 | dict(image_size=32, augment="crop", variations=1),
     "imagenet": SD15 | dict(variations=1, batch_size=256),
-}  # fmt: skip
+    "digits": SD15
+    | dict(
+        # the embedded generator
+        diffusion=common.DIGITS_SD,
+        steps=25,
+        guidance_scale=4.0,
+        generation_batch_size=40,
+        # variations
+        variations=10,
+        noise_scale=12.0,
+        relative_noise=True,
+        # classifier; choice: few images and a pretrained backbone (the paper also trains from scratch)
+        examples_per_class=8,
+        classifier="small_cnn",
+        pretrained=True,
+        image_size=32,
+        augment="digits",
+        epochs=20,
+        batch_size=16,
+        optimizer="adamw",
+        lr=1e-3,
+        weight_decay=0.05,
+        workers=0,
+        # self-training
+        threshold=0.6,
+    ),
+}
 
 # ----------------------------------------------------------------------------------------------------------
-# The seed's inversion (CycleDiffusion, Wu and De la Torre 2022, arXiv 2210.05559)
+# Inversion of the source images (CycleDiffusion, Wu and De la Torre 2022, arXiv 2210.05559)
 
 
 @dataclass
 class Steps:
-    """The DDIM steps in use, first to last: t [S], and alpha_t, alpha_{t-1}, sigma_t, each [S, 1, 1, 1]."""
+    """The S DDIM steps in use, first to last. As in DDIM's paper, alpha is what others call alpha-bar."""
 
-    t: torch.Tensor
-    alpha: torch.Tensor
-    previous: torch.Tensor
-    sigma: torch.Tensor
+    t: torch.Tensor  # [S], timesteps
+    alpha: torch.Tensor  # alpha_t [S, 1, 1, 1]
+    previous: torch.Tensor  # alpha_{t-1} [S, 1, 1, 1]
+    sigma: torch.Tensor  # sigma_t [S, 1, 1, 1]
 
 
 def ddim_steps(pipe, steps: int = 100, strength: float = 0.8, eta: float = 1.0) -> Steps:
-    """The last `strength` of `steps` DDIM steps, sigma_t as in DDIM's eq. 16. UserError if none is left."""
+    """The last `strength` of `steps` DDIM steps. Raises UserError if none is left.
+
+    sigma_t = eta sqrt((1 - alpha_{t-1}) / (1 - alpha_t)) sqrt(1 - alpha_t / alpha_{t-1})  (DDIM, equation 16)
+    """
     scheduler, t = common.ddim(pipe, steps, strength)
-    before = t - scheduler.config.num_train_timesteps // steps
-    alpha = scheduler.alphas_cumprod[t]
-    previous = torch.where(
-        before >= 0, scheduler.alphas_cumprod[before.clamp(0)], scheduler.final_alpha_cumprod
-    )
+    before, alphas = t - scheduler.config.num_train_timesteps // steps, scheduler.alphas_cumprod
+    alpha = alphas[t]
+    previous = torch.where(before >= 0, alphas[before.clamp(0)], scheduler.final_alpha_cumprod)
     sigma = eta * ((1 - previous) / (1 - alpha) * (1 - alpha / previous)).sqrt()
     return Steps(t.to(pipe.device), *(a.view(-1, 1, 1, 1).to(pipe.device) for a in (alpha, previous, sigma)))
 
 
 def ddim_mean(z, eps, alpha, previous, sigma):
-    """The mean of z_{t-1} given z_t and its noise (DDIM, eq. 12): mu_theta if the U-Net predicted eps."""
+    """The mean of z_{t-1} if eps is the noise in z_t (DDIM, equation 12)."""
     z0 = (z - (1 - alpha) ** 0.5 * eps) / alpha**0.5
     return previous**0.5 * z0 + (1 - previous - sigma**2).clamp(min=0) ** 0.5 * eps
 
 
-def predict_eps(pipe, z, t, alpha, text):
-    """eps_theta(z_t, t, text) in float32; the U-Net computes in its own precision."""
-    output = pipe.unet(z.to(pipe.unet.dtype), t, text.to(pipe.unet.dtype)).sample.float()
+def posterior_mean(z, z0, s: Steps, i):
+    """The mean of the posterior q(z_{t-1} | z_t, z_0) at step i; with z_0 the noise in z_t is known, too."""
+    eps = (z - s.alpha[i] ** 0.5 * z0) / (1 - s.alpha[i]) ** 0.5
+    return ddim_mean(z, eps, s.alpha[i], s.previous[i], s.sigma[i])
+
+
+def mu_theta(pipe, z, s: Steps, i, text, guidance_scale: float):
+    """mu_theta(z_t, t, text), the sampler's mean of z_{t-1}: the U-Net predicts the noise in z_t.
+
+    i: the step, a number or one for each row of z
+    """
+    eps = predict_eps(pipe, z, s.t[i], s.alpha[i], text, guidance_scale)
+    return ddim_mean(z, eps, s.alpha[i], s.previous[i], s.sigma[i])
+
+
+def embed(pipe, prompts: list[str], guidance_scale: float) -> torch.Tensor:
+    """The prompts' text embeddings [G, B, L, d]; with guidance G is 2, and the empty prompt's come first.
+
+    A guidance scale of 1 or less means no guidance (G is 1), as in diffusers.
+    """
+    text, empty = pipe.encode_prompt(prompts, pipe.device, 1, guidance_scale > 1)
+    return text[None] if empty is None else torch.stack([empty, text])
+
+
+def predict_eps(pipe, z, t, alpha, text, guidance_scale: float = 1.0):
+    """eps_theta(z_t, t, text) in float32, with classifier-free guidance if `text` has two embeddings.
+
+    The U-Net, which computes in its own precision, predicts eps or, if trained so, v.
+    """
+    copies, dtype = len(text), pipe.unet.dtype
+    rows, t = z.repeat(copies, 1, 1, 1).to(dtype), t.expand(len(z)).repeat(copies)
+    output = pipe.unet(rows, t, text.flatten(0, 1).to(dtype)).sample.float()
+    if copies == 2:
+        out_empty, out_text = output.chunk(2)
+        output = out_empty + guidance_scale * (out_text - out_empty)
     if pipe.scheduler.config.prediction_type == "v_prediction":
         return alpha**0.5 * output + (1 - alpha) ** 0.5 * z
     return output
@@ -127,11 +207,46 @@ def predict_eps(pipe, z, t, alpha, text):
 
 @dataclass
 class Inverted:
-    """start: z_T [B, C, h, w]; noise: sigma_t xi_t [S, B, C, h, w], the product, since sigma_t may be 0."""
+    """The noise of B inverted images."""
 
-    start: torch.Tensor
-    noise: torch.Tensor
+    start: torch.Tensor  # z_T [B, C, h, w]
+    # choice: the product sigma_t xi_t is kept, so that a last step with sigma_t = 0 is reproduced, too
+    noise: torch.Tensor  # sigma_t xi_t [S, B, C, h, w]
     steps: Steps
+
+
+def normal(z: torch.Tensor, generators: list[torch.Generator]) -> torch.Tensor:
+    """Standard normal noise in the shape of z, each image's from its own generator."""
+    from diffusers.utils.torch_utils import randn_tensor
+
+    return randn_tensor(z.shape, generators, z.device)
+
+
+def invert_cycle(pipe, z0, start, s: Steps, text, guidance_scale, generators, rows: int) -> Inverted:
+    """CycleDiffusion's inversion of z_0 from z_T = start on: equations (2) and (3) of `invert`."""
+    B, S = len(z0), len(s.t)
+    # choice: the whole path z_T ... z_0 is drawn first, which takes no U-Net
+    path = [start]
+    for i in range(S - 1):
+        path.append(posterior_mean(path[i], z0, s, i) + s.sigma[i] * normal(z0, generators))  # (2)
+    path = torch.stack([*path, z0])  # [S + 1, B, C, h, w]
+
+    # then the U-Net sees all steps of all images in full batches
+    step = torch.arange(S, device=z0.device).repeat_interleave(B)
+    image = torch.arange(B, device=z0.device).repeat(S)
+    z, noise = path[:-1].flatten(0, 1), path[1:].flatten(0, 1).clone()
+    for r in torch.arange(len(z), device=z0.device).split(max(1, rows // len(text))):
+        noise[r] -= mu_theta(pipe, z[r], s, step[r], text[:, image[r]], guidance_scale)  # (3)
+    return Inverted(start, noise.view(S, *z0.shape), s)
+
+
+def invert_ddim(pipe, z0, s: Steps, text, guidance_scale: float) -> Inverted:
+    """DDIM's inversion: the steps without noise, backwards from z_0 to z_T; equation (4) of `invert`."""
+    z = z0
+    for i in reversed(range(len(s.t))):
+        eps = predict_eps(pipe, z, s.t[i], s.previous[i], text, guidance_scale)
+        z = ddim_mean(z, eps, alpha=s.previous[i], previous=s.alpha[i], sigma=s.sigma[i])  # (4)
+    return Inverted(z, torch.zeros(1, 1, 1, 1, 1, device=z.device).expand(len(s.t), *z.shape), s)
 
 
 @torch.no_grad()
@@ -148,58 +263,30 @@ def invert(
     eta: float = 1.0,
     rows: int = 32,
 ) -> Inverted:
-    """The noise with which DDIM sampling reproduces `images` [B, 3, H, W] in [0, 1].
+    """The noise from which DDIM sampling reproduces `images` [B, 3, H, W] in [0, 1]; z_0 are their latents.
 
-    method "cycle": z_T ~ q(z_T | z_0), then z_{t-1} ~ q(z_{t-1} | z_t, z_0) and
-        sigma_t xi_t = z_{t-1} - mu_theta(z_t, t, source)
-    The whole path is drawn without the U-Net, which then sees all its steps at once, `rows` rows at a time.
-    method "ddim": the deterministic ODE run backwards, no noise (eta is 0).
-    method "none": no inversion; z_T as above and fresh noise, which makes `vary` stock img2img.
-    generators: one CPU generator per image. source_prompts: [B], default empty, when guidance has no effect
-    and is left out.
+        (1)  z_T          ~ q(z_T | z_0) = N(sqrt(alpha_T) z_0, (1 - alpha_T) I)
+        (2)  z_{t-1}      ~ q(z_{t-1} | z_t, z_0) = N(posterior_mean(z_t, z_0), sigma_t^2 I)
+        (3)  sigma_t xi_t = z_{t-1} - mu_theta(z_t, t, source)
+        (4)  z_t          = ddim_mean(z_{t-1}, eps_theta(z_{t-1}, t, source)), alpha_{t-1} and alpha_t swapped
+
+    generators: one CPU generator per image
+    method: "cycle": (1) to (3); "ddim": (4), without noise; "none": (1) and fresh xi_t, which is img2img
+    source_prompts: [B], by default empty
+    rows: the number of rows of the U-Net's batches in (3)
     """
-    from diffusers.utils.torch_utils import randn_tensor
-
-    B, device = len(images), pipe.device
-    s = ddim_steps(pipe, steps, strength, 0.0 if method == "ddim" else eta)
+    prompts = source_prompts or [""] * len(images)
+    # choice: guidance between two empty prompts changes nothing, so the second row is left out
+    scale = source_guidance if any(prompts) else 1.0
+    text = embed(pipe, prompts, scale)
     z0 = common.encode(pipe, images).float()
-    prompts = source_prompts or [""] * B
-    guided = source_guidance != 1 and any(prompts)
-    source, empty = pipe.encode_prompt(prompts, device, 1, guided)
-
-    def predict(z, t, alpha, image):  # eps of the rows z, which belong to the images `image`
-        eps = predict_eps(pipe, z, t, alpha, source[image])
-        if guided:
-            eps_empty = predict_eps(pipe, z, t, alpha, empty[image])
-            eps = eps_empty + source_guidance * (eps - eps_empty)
-        return eps
-
+    s = ddim_steps(pipe, steps, strength, 0.0 if method == "ddim" else eta)
     if method == "ddim":
-        z, everyone = z0, torch.arange(B, device=device)
-        for i in reversed(range(len(s.t))):  # the same equation, from alpha_{t-1} to alpha_t
-            eps = predict(z, s.t[i].expand(B), s.previous[i], everyone)
-            z = ddim_mean(z, eps, s.previous[i], s.alpha[i], s.sigma[i])
-        return Inverted(z, torch.zeros(1, 1, 1, 1, 1, device=device).expand(len(s.t), *z.shape), s)
-
-    def fresh():
-        return randn_tensor(z0.shape, generators, device)
-
-    path = [s.alpha[0] ** 0.5 * z0 + (1 - s.alpha[0]) ** 0.5 * fresh()]
+        return invert_ddim(pipe, z0, s, text, scale)
+    start = s.alpha[0] ** 0.5 * z0 + (1 - s.alpha[0]) ** 0.5 * normal(z0, generators)  # (1)
     if method == "none":
-        return Inverted(path[0], torch.stack([sigma * fresh() for sigma in s.sigma]), s)
-    for i in range(len(s.t) - 1):
-        eps = (path[i] - s.alpha[i] ** 0.5 * z0) / (1 - s.alpha[i]) ** 0.5  # the noise that is in z_t
-        mean = ddim_mean(path[i], eps, s.alpha[i], s.previous[i], s.sigma[i])
-        path.append(mean + s.sigma[i] * fresh())
-    path = torch.stack([*path, z0])  # [S + 1, B, C, h, w]
-    step = torch.arange(len(s.t), device=device).repeat_interleave(B)
-    image = torch.arange(B, device=device).repeat(len(s.t))
-    z, noise = path[:-1].flatten(0, 1), path[1:].flatten(0, 1).clone()
-    for some in torch.arange(len(z), device=device).split(rows):
-        i = step[some]
-        eps = predict(z[some], s.t[i], s.alpha[i], image[some])
-        noise[some] -= ddim_mean(z[some], eps, s.alpha[i], s.previous[i], s.sigma[i])
-    return Inverted(path[0], noise.view(len(s.t), *z0.shape), s)
+        return Inverted(start, torch.stack([sigma * normal(z0, generators) for sigma in s.sigma]), s)
+    return invert_cycle(pipe, z0, start, s, text, scale, generators, rows)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -207,14 +294,15 @@ def invert(
 
 
 class Perturbation:
-    """Adds noise to U-Net features, h + s n_t at every call, while active as a context manager.
+    """Adds noise to features h of the U-Net, h + s n_t in every forward pass; a context manager.
 
-    where: "bottleneck" (the mid block's output), "mid_input", "down" or "up" (every such block's output),
-    "latents" (the U-Net's input) or "none". relative: s counts standard deviations of an image's features.
-    generators: one CPU generator per image; the U-Net's rows are the images once or twice (guidance). paired:
-    both rows of an image get the same noise; if not, as in the released code, guidance amplifies the
-    difference of the two draws, and most of the variety comes from that.
-    Forward hooks only: on leaving, also by an exception, the U-Net is as it was.
+    where: "bottleneck" (the mid block's output), "mid_input" (its input), "down" or "up" (the outputs of all
+        such blocks), "latents" (the U-Net's input) or "none"; scale: s
+    generators: one CPU generator per image; the U-Net's rows are the images once or, with guidance, twice
+    relative: s counts standard deviations of an image's features (with guidance, of its prompted row's)
+    paired: both guidance rows of an image get the same noise
+
+    It works by forward hooks. On leaving, also by an exception, the U-Net is as it was.
     """
 
     def __init__(self, unet, where: str, scale: float, generators, relative=False, paired=False):
@@ -246,19 +334,17 @@ class Perturbation:
         return (self.perturbed(inputs[0]), *inputs[1:])
 
     def on_output(self, module, inputs, output):
-        if isinstance(output, tuple):  # a down block: its hidden state, and what it hands to the up blocks
+        if isinstance(output, tuple):  # a down block's hidden state, and what goes to the up blocks
             return (self.perturbed(output[0]), *output[1:])
         return self.perturbed(output)
 
     def perturbed(self, h: torch.Tensor) -> torch.Tensor:
-        from diffusers.utils.torch_utils import randn_tensor
-
+        """h + s n_t, n_t ~ N(0, I), for features h of all rows."""
         B, copies = len(self.generators), len(h) // len(self.generators)
-        draws = 1 if self.paired else copies
-        shape = (B, *h.shape[1:])
-        n = torch.cat([randn_tensor(shape, self.generators, h.device) for _ in range(draws)])
-        if draws < copies:
-            n = n.repeat(copies, 1, 1, 1)
+        # choice: unless `paired`, the two guidance rows get independent noise, as in the released code.
+        # Guidance amplifies the difference of the two draws, and most of the variety comes from it.
+        n = torch.cat([normal(h[:B], self.generators) for _ in range(1 if self.paired else copies)])
+        n = n.repeat(len(h) // len(n), 1, 1, 1)
         if self.relative:
             n = n * h[-B:].float().flatten(1).std(1).repeat(copies).view(-1, 1, 1, 1)
         return h + (self.scale * n).to(h.dtype)
@@ -268,7 +354,7 @@ class Perturbation:
 def vary(
     pipe,
     inverted: Inverted,
-    seeds: torch.Tensor,
+    sources: torch.Tensor,
     prompts: list[str],
     generators: list[torch.Generator],
     *,
@@ -278,30 +364,29 @@ def vary(
     paired_noise: bool = False,
     guidance_scale: float = 7.5,
 ) -> torch.Tensor:
-    """Variations of inverted images, one batch: scaled latents [B, C, h, w] for common.decode.
+    """Draws one batch of variations of inverted images: scaled latents [B, C, h, w] for common.decode.
 
-        y_T = z_T,   y_{t-1} = mu_theta(y_t, t, target; h + s n_t) + sigma_t xi_t
+        (5)  y_T     = z_T
+        (6)  y_{t-1} = mu_theta(y_t, t, target; h + s n_t) + sigma_t xi_t,   n_t ~ N(0, I)
 
-    seeds: [B], which inverted image each one varies. prompts: [B]. generators: one CPU generator per
-    variation, for n_t.
+    sources: [B], for each variation the index of the inverted image that it varies
+    prompts: [B], the target prompts
+    generators: one CPU generator per variation, for n_t
+    perturb, noise_scale, relative_noise, paired_noise: see Perturbation, which adds s n_t to h
     """
-    s, B = inverted.steps, len(seeds)
-    guided = guidance_scale != 1
-    c, empty = pipe.encode_prompt(prompts, pipe.device, 1, guided)
-    text, rows = (torch.cat([empty, c]), 2) if guided else (c, 1)
-    y = inverted.start[seeds]
+    s, text = inverted.steps, embed(pipe, prompts, guidance_scale)
+    y = inverted.start[sources]  # (5)
     with Perturbation(pipe.unet, perturb, noise_scale, generators, relative_noise, paired_noise):
-        for i, t in enumerate(s.t):
-            eps = predict_eps(pipe, y.repeat(rows, 1, 1, 1), t, s.alpha[i], text)
-            if guided:
-                eps = eps[:B] + guidance_scale * (eps[B:] - eps[:B])
-            y = ddim_mean(y, eps, s.alpha[i], s.previous[i], s.sigma[i]) + inverted.noise[i][seeds]
+        for i in range(len(s.t)):
+            y = mu_theta(pipe, y, s, i, text, guidance_scale) + inverted.noise[i][sources]  # (6)
     return y
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Asymmetric multi-head self-training (AMST). The sources name its parts; where they give no formula, the ones
-# below are this project's choice, and so are all weights.
+# Asymmetric multi-head self-training (AMST)
+#
+# choice: the paper names AMST's parts and its code was never released. Equations (7) to (11), their weights,
+# the threshold and the augmentations are this project's.
 
 
 class MultiHead(nn.Module):
@@ -315,6 +400,7 @@ class MultiHead(nn.Module):
         self.backbone, last = common.split_head(classifier)
         self.classes = last.out_features
         self.linear = nn.Linear(last.in_features, (1 + heads) * self.classes)
+        self.to(memory_format=torch.channels_last)  # faster convolutions
         with torch.no_grad():
             self.linear.weight[: self.classes] = last.weight
             self.linear.bias[: self.classes] = 0 if last.bias is None else last.bias
@@ -328,10 +414,10 @@ class MultiHead(nn.Module):
 
 
 def head_augmentations() -> dict[str, list]:
-    """The augmentation a_k of each auxiliary head (beyond four heads they repeat), after the standard one."""
+    """The augmentation a_k of each auxiliary head, after the standard one; a fifth head has the first's."""
     from torchvision.transforms import v2
 
-    return {
+    return {  # choice: the paper only says that every head has its own
         "geometry": [v2.RandomAffine(8, translate=(0.05, 0.05), scale=(0.9, 1.1))],
         "colour": [v2.ColorJitter(0.3, 0.3, 0.3, 0.05)],
         "noise": [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.GaussianNoise(sigma=0.04)],
@@ -339,92 +425,87 @@ def head_augmentations() -> dict[str, list]:
     }
 
 
-class Views:
-    """A transform that stacks several views of an image: PIL -> [V, 3, size, size] in [0, 1]."""
-
-    def __init__(self, transforms):
-        self.transforms = transforms
-
-    def __call__(self, image):
-        return torch.stack([transform(image) for transform in self.transforms])
+def stack_views(image, transforms: list) -> torch.Tensor:
+    """Several views of a PIL image: [V, 3, size, size] in [0, 1]."""
+    return torch.stack([transform(image) for transform in transforms])
 
 
 def make_views(size: int, augment: str, heads: int):
-    """Transforms of a real image to its standard view and a_1..a_A; of a synthetic one to its strong view."""
+    """The transforms of a real image x to its standard view and a_1(x)..a_A(x), and of u to strong(u)."""
     from torchvision.transforms import v2
 
     standard, _ = common.make_transforms(size, augment)
-    *pixels, to_tensor, to_float = standard.transforms
-    named = list(head_augmentations().values())
-    views = [[], *(named[k % len(named)] for k in range(heads))]
-    strong = [*named[0], *named[1], *named[3]]
-    finish = [to_tensor, to_float]
-    real = Views([v2.Compose([*pixels, *view, *finish]) for view in views])
-    return real, v2.Compose([*pixels, *strong, *finish])
+    *before, to_tensor, to_float = standard.transforms
+    own = list(head_augmentations().values())
+    views = [[], *(own[k % len(own)] for k in range(heads))]
+    strong = [*own[0], *own[1], *own[3]]  # choice: geometry, colour and erased patches together
+    *views, strong = (v2.Compose([*before, *view, to_tensor, to_float]) for view in (*views, strong))
+    return functools.partial(stack_views, transforms=views), strong
 
 
 def orthogonality_loss(weights: torch.Tensor) -> torch.Tensor:
-    """L_orth = sum over pairs of heads of the mean |cos| of their rows, class by class; weights [A, K, d]."""
+    """L_orth of the heads' weights [A, K, d].
+
+    (8)  L_orth = sum_{j<k} mean_c |cos(W_j[c], W_k[c])|        W_k[c]: the row of class c
+    """
     rows = F.normalize(weights, dim=2)
     cosines = torch.einsum("jcd,kcd->jkc", rows, rows).abs().mean(2)
-    return cosines.triu(1).sum()
+    return cosines.triu(1).sum()  # (8)
 
 
 def agreement(logits: torch.Tensor, threshold: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pseudo-labels [N] and which are accepted [N] from auxiliary logits [N, A, K].
+    """Pseudo-labels y^ [N], and which of them are accepted [N], from the auxiliary heads' logits [N, A, K].
 
-    Accepted: every head has the same argmax, and the mean of their confidences in it is at least threshold.
+    (9)  y^(u) is accepted if it is the argmax of every W_k f(u) and mean_k softmax(W_k f(u))[y^] >= tau
     """
     votes = logits.argmax(2)
     label = votes[:, 0]
     confidence = logits.softmax(2).mean(1).gather(1, label[:, None])[:, 0]
-    return label, (votes == label[:, None]).all(1) & (confidence >= threshold)
+    return label, (votes == label[:, None]).all(1) & (confidence >= threshold)  # (9)
 
 
-def consistency_loss(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """L_cons = |softmax W_0 f(strong(u)) - softmax W_0 f(weak(u))|^2 per image; target [N, K]: the latter."""
-    return (logits.softmax(1) - target.detach()).square().sum(1)
+def consistency_loss(logits: torch.Tensor, weak: torch.Tensor) -> torch.Tensor:
+    """L_cons of each image, from the main head's logits for strong(u) and probabilities for weak(u).
+
+    (10)  L_cons = ||softmax W_0 f(strong(u)) - softmax W_0 f(weak(u))||^2        no gradient through weak(u)
+    """
+    return (logits.softmax(1) - weak.detach()).square().sum(1)  # (10)
 
 
 def self_training_loss(
-    real,
-    y,
-    synthetic,
-    targets,
-    labelled,
-    weak,
-    auxiliary,
-    w_a: float = 0.05,
-    w_o: float = 0.1,
-    w_c: float = 1.0,
+    real, y, synthetic, targets, labelled, weak, auxiliary, w_a=0.05, w_o=0.1, w_c=1.0
 ) -> torch.Tensor:
-    """The loss of a batch of B real and U synthetic images.
+    """The loss of a batch of B real images x and U synthetic images u.
 
-        L = CE(W_0 f(x), y) + w_a sum_k CE(W_k f(a_k(x)), y) + w_o L_orth
-            + CE(W_0 f(strong(u)), y^(u)) for labelled u, w_c L_cons for the others
+        (7)   L_aux = sum_k CE(W_k f(a_k(x)), y)
+        (11)  L     = CE(W_0 f(x), y) + w_a L_aux + w_o L_orth
+                      + mean over u of CE(W_0 f(strong(u)), y^(u)) if u is labelled, else w_c L_cons
 
-    real: logits [1 + A, B, 1 + A, K], every head's for every view, standard and a_1..a_A; y [B]; synthetic:
-    logits [U, 1 + A, K] of strong views; targets [U, K] and labelled [U]: see synthetic_targets; weak: the
-    main head's probabilities [U, K] for weak views; auxiliary: W_1..W_A [A, K, d]. A and U may be 0.
+    real: logits [1 + A, B, 1 + A, K] of every view (the standard one, a_1..a_A) by every head; y: [B]
+    synthetic: logits [U, 1 + A, K] of the strong views; targets, labelled: see synthetic_targets
+    weak: the main head's probabilities [U, K] of the weak views
+    auxiliary: the weights W_1..W_A [A, K, d]. A and U may be 0.
     """
+    # choice: a small w_a. Adam makes the auxiliary heads learn as fast as with a large one, and the backbone
+    # does not learn the few real images by heart.
     loss = F.cross_entropy(real[0, :, 0], y)
     for k in range(1, len(real)):
-        loss = loss + w_a * F.cross_entropy(real[k, :, k], y)
+        loss = loss + w_a * F.cross_entropy(real[k, :, k], y)  # (7)
     if len(auxiliary):
         loss = loss + w_o * orthogonality_loss(auxiliary)
     if len(synthetic):
         main = synthetic[:, 0]
         supervised = -(targets * main.log_softmax(1)).sum(1)
-        loss = loss + torch.where(labelled, supervised, w_c * consistency_loss(main, weak)).mean()
+        loss = loss + torch.where(labelled, supervised, w_c * consistency_loss(main, weak)).mean()  # (11)
     return loss
 
 
-def synthetic_targets(labels: str, logits, seed_labels, threshold: float, clip_logits=None):
-    """What synthetic (and unlabelled) images are trained towards: targets [N, K] and which are labelled [N].
+def synthetic_targets(labels: str, logits, source_labels, threshold: float, clip_logits=None):
+    """The targets [N, K] of synthetic and unlabelled images, and which of them are labelled [N].
 
-    logits: [N, 1 + A, K] of their weak views; seed_labels: [N], -1 where there is no seed.
-    labels "amst": agreement of the auxiliary heads; "seed": the seed's label; "head": the main head's argmax
-    where it is confident; "soft": the main head's probabilities; "clip": CLIP's zero-shot labels.
+    labels: "amst": agreement of the auxiliary heads; "seed": the label of the source image, the paper's seed;
+        "head": the main head's argmax where it is confident; "soft": its probabilities; "clip": CLIP's argmax
+    logits: [N, 1 + A, K] of the weak views; source_labels: [N], -1 for an image without a source
     """
     classes, main = logits.shape[2], logits[:, 0].softmax(1)
     if labels == "soft":
@@ -434,107 +515,155 @@ def synthetic_targets(labels: str, logits, seed_labels, threshold: float, clip_l
     elif labels == "head":
         hard, labelled = main.argmax(1), main.max(1).values >= threshold
     else:
-        hard = seed_labels if labels == "seed" else clip_logits.argmax(1)
+        hard = source_labels if labels == "seed" else clip_logits.argmax(1)
         labelled = hard >= 0
     return F.one_hot(hard.clamp(0), classes).float(), labelled
 
 
 # ----------------------------------------------------------------------------------------------------------
-# The run
+# The run: variations of all training images
+
+INVERT_ARGS = ("source_guidance", "steps", "strength", "eta")
+VARY_ARGS = ("perturb", "noise_scale", "relative_noise", "paired_noise", "guidance_scale")
 
 
-def generate(args: Args, run: common.Run, accelerator, pipe, data: common.Data) -> tuple[list[dict], float]:
-    """M variations of every training image, as files in synthetic/; returns their records, and the seconds.
+def records_of(args: Args, data: common.Data) -> list[dict]:
+    """The metadata of all variations: M of the first training image, then M of the second, and so on."""
+    folders, records = common.class_folders(data.class_names), []
+    for (i, y), k in itertools.product(enumerate(data.train.labels), range(args.variations)):
+        name = data.class_names[y]
+        record = {"file_name": f"{folders[y]}/{i:06d}-{k:02d}.png", "label": y, "class_name": name}
+        record |= {"guide": data.train.name(i), "guide_index": i}
+        record |= {"prompt": args.prompt.format(name), "seed": [args.seed, i, k]}
+        records.append(record)
+    return records
 
-    Split over the processes by groups of seeds whose variations fill a batch. A group that exists is skipped,
-    an incomplete one drawn again, to the bit: every image has its own generators and always the same batch.
+
+def draw_variations(args: Args, run: common.Run, pipe, data: common.Data, records: list[dict]) -> None:
+    """Draws the images of the records, split over the processes by batch; see Run.missing.
+
+    A batch has all M variations of as many source images as fit in generation_batch_size, but of at least
+    one. If M is larger, `vary` draws them in several calls.
     """
     M, size, pixels = args.variations, args.generation_batch_size, common.resolution(pipe)
-    folders = common.class_folders(data.class_names)
-    seeds = data.train.subset(range(len(data.train)), common.make_transforms(pixels, "none")[1])
-    names = [f"{folders[y]}/{i:06d}" for i, y in enumerate(seeds.labels)]
-    prompts = [args.prompt.format(data.class_names[y]) for y in seeds.labels]
-    sources = [args.source_prompt.format(data.class_names[y]) for y in seeds.labels]
-    groups = torch.arange(len(seeds)).split(max(1, size // M))
-    mine = range(accelerator.process_index, len(groups), accelerator.num_processes)
-    seconds = (run.load("generation.pt") or {"seconds": 0.0})["seconds"]
-    for g in tqdm(mine, "generating", disable=not run.main):
-        clock = time.time()
-        todo = list(itertools.product(groups[g].tolist(), range(M)))
-        if all((run.path / "synthetic" / f"{names[i]}-{k:02d}.png").exists() for i, k in todo):
-            continue
-        starts = sorted({(i, k % args.inversions) for i, k in todo})
-        inverted = invert(
-            pipe, torch.stack([seeds[i][0] for i, _ in starts]),
-            [common.generator(args.seed, 1, i, n) for i, n in starts], method=args.inversion,
-            source_prompts=[sources[i] for i, _ in starts], source_guidance=args.source_guidance,
-            steps=args.steps, strength=args.strength, eta=args.eta, rows=2 * size,
-        )  # fmt: skip
-        for some in [todo[b : b + size] for b in range(0, len(todo), size)]:
-            latents = vary(
-                pipe, inverted, torch.tensor([starts.index((i, k % args.inversions)) for i, k in some]),
-                [prompts[i] for i, _ in some], [common.generator(args.seed, 2, i, k) for i, k in some],
-                perturb=args.perturb, noise_scale=args.noise_scale, relative_noise=args.relative_noise,
-                paired_noise=args.paired_noise, guidance_scale=args.guidance_scale,
-            )  # fmt: skip
-            run.save("generation.pt", {"seconds": seconds})  # images that exist belong to these arguments
-            for (i, k), image in zip(some, common.decode(pipe, latents), strict=True):
-                common.save_png(image, run.path / "synthetic" / f"{names[i]}-{k:02d}.png")
-        seconds += time.time() - clock
-        run.save("generation.pt", {"seconds": seconds})
-    accelerator.wait_for_everyone()
-    records = []
-    for (i, y), k in itertools.product(enumerate(seeds.labels), range(M)):
-        record = {"file_name": f"{names[i]}-{k:02d}.png", "label": y, "class_name": data.class_names[y]}
-        record |= {"guide": seeds.name(i), "guide_index": i, "prompt": prompts[i], "seed": [args.seed, i, k]}
-        records.append(record)
-    run.write_lines("synthetic/metadata.jsonl", records)
-    if run.main:  # a picture to look at: seed | variations
+    inverting = {"method": args.inversion} | {name: getattr(args, name) for name in INVERT_ARGS}
+    varying = {name: getattr(args, name) for name in VARY_ARGS}
+    # choice: images are cropped to a square; the released code squeezes them
+    real = data.train.transformed(common.make_transforms(pixels, "none")[1])
+    files = [run.path / "synthetic" / record["file_name"] for record in records]
+    for batch in run.missing("generating", files, max(1, size // M) * M):
+        # choice: a source image is inverted once for all its variations, or --inversions times. The released
+        # code draws a path for every variation, which costs more U-Net calls and gives more variety.
+        inversion = {j: (j // M, j % M % args.inversions) for j in batch}
+        starts = sorted(set(inversion.values()))  # pairs of a source image and the number of its inversion
+        images = torch.stack([real[i][0] for i, _ in starts])
+        prompts = [args.source_prompt.format(records[i * M]["class_name"]) for i, _ in starts]
+        generators = [common.generator(args.seed, 1, *start) for start in starts]
+        inverted = invert(pipe, images, generators, source_prompts=prompts, rows=2 * size, **inverting)
+        for part in [batch[b : b + size] for b in range(0, len(batch), size)]:
+            sources = torch.tensor([starts.index(inversion[j]) for j in part])
+            prompts = [records[j]["prompt"] for j in part]
+            # choice: every variation has a generator of its own; in the released code the k-th variations of
+            # all images have the same noise
+            generators = [common.generator(args.seed, 2, *divmod(j, M)) for j in part]
+            latents = vary(pipe, inverted, sources, prompts, generators, **varying)
+            run.keep(common.decode(pipe, latents), [files[j] for j in part])
+    run.write("synthetic/metadata.jsonl", records)
+    if run.main:  # a picture to look at: source image | variations
         tiles = []
-        for i in np.linspace(0, len(seeds) - 1, 10).astype(int):
-            files = [run.path / "synthetic" / r["file_name"] for r in records[i * M : (i + 1) * M][:9]]
-            tiles += [seeds[i][0], *(seeds.transform(common.open_image(file)) for file in files)]
-        path = run.path / "samples" / "variations.png"
-        common.save_grid(torch.stack(tiles), path, 1 + min(M, 9), max(1, 64 // pixels))
-    return records, seconds
+        for i in np.linspace(0, len(real) - 1, 10).astype(int):
+            shown = files[i * M : (i + 1) * M][:9]
+            tiles += [real[i][0], *(real.transform(common.open_image(file)) for file in shown)]
+        picture = run.path / "samples" / "variations.png"
+        common.save_grid(torch.stack(tiles), picture, 1 + min(M, 9), max(1, 64 // pixels))
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The run: self-training
 
 
 @dataclass
 class Pool:
-    """Images without a sure label: synthetic ones, then unlabelled real ones.
-
-    seed_labels [N]: the seed's class, -1 for a real image; truth [N]: the true class where it can be known
-    (on digits), for reports only; clip_logits [N, K]: CLIP's zero-shot prediction if --labels clip.
-    """
+    """Images whose labels are not sure: N synthetic ones and unlabelled real ones, without augmentation."""
 
     images: common.Images
-    seed_labels: torch.Tensor
-    truth: torch.Tensor | None = None
-    clip_logits: torch.Tensor | None = None
+    source_labels: torch.Tensor  # [N], the label of the source image; -1 for a real image
+    truth: torch.Tensor | None = None  # [N], the true classes if they can be known; for reports only
+    clip_logits: torch.Tensor | None = None  # [N, K], CLIP's zero-shot prediction if --labels is clip
 
 
-def make_pool(args: Args, run: common.Run, accelerator, data: common.Data, folder, records):
-    """Pool of the images in `folder` and the unlabelled ones asked for; on digits, distances to `test`."""
-    sources = [common.keep_small(folder / r["file_name"], args.image_size) for r in records]
-    images = common.Images(sources, [r["label"] for r in records], data.test.transform)
-    seed_labels = torch.tensor(images.labels)
-    truth, distances = None, {}
+def make_pool(args: Args, accelerator, data: common.Data, folder: Path, records) -> tuple[Pool, dict]:
+    """The pool of the synthetic images in `folder` and of --unlabelled real ones.
+
+    On digits also the distances of the synthetic images to the real test images.
+    """
+    sources = [common.keep_small(folder / record["file_name"], args.image_size) for record in records]
+    images = common.Images(sources, [record["label"] for record in records], data.test.transform)
+    pool, distances = Pool(images, torch.tensor(images.labels)), {}
     if args.dataset == "digits":
-        distances, truth = common.distances_to_test(images, data, accelerator)
+        from digits import judge
+
+        distances, pool.truth = judge.distances_to_test(images, data, accelerator)
     if args.unlabelled:
-        some = np.random.default_rng(args.seed).permutation(len(data.unlabelled))[: args.unlabelled]
-        extra = data.unlabelled.subset(some)
-        images = images + extra
-        seed_labels = torch.cat([seed_labels, torch.full((len(extra),), -1)])
-        truth = None if truth is None else torch.cat([truth, torch.tensor(extra.labels)])
-    pool = Pool(images, seed_labels, truth)
+        drawn = np.random.default_rng(args.seed).permutation(len(data.unlabelled))[: args.unlabelled]
+        extra = data.unlabelled.subset(drawn)
+        pool.images = images + extra
+        pool.source_labels = torch.cat([pool.source_labels, torch.full((len(extra),), -1)])
+        if pool.truth is not None:
+            pool.truth = torch.cat([pool.truth, torch.tensor(extra.labels)])
     if args.labels == "clip":
         clip = common.build_classifier("clip", data.class_names, args.image_size, clip=args.clip)
-        pool.clip_logits, _ = common.predict(clip.to(accelerator.device), images, accelerator, args.workers)
+        clip = clip.to(accelerator.device)
+        pool.clip_logits, _ = common.predict(clip, pool.images, accelerator, args.workers)
     return pool, distances
 
 
-CLASSIFIERS = {  # names in reports: what the classifier learns from, by the labels of the synthetic images
+def predict_targets(args: Args, accelerator, model, pool: Pool | None, labels: str):
+    """The pool's targets [N, K], which are labelled [N], and the main head's probabilities [N, K].
+
+    All are predicted from the weak views, which are the images without augmentation. Without a pool N is 0.
+    """
+    if pool is None:
+        return (torch.zeros(0, device=accelerator.device),) * 3
+    logits, _ = common.predict(model, pool.images, accelerator, args.workers)
+    targets = synthetic_targets(labels, logits, pool.source_labels, args.threshold, pool.clip_logits)
+    return tuple(t.to(accelerator.device) for t in (*targets, logits[:, 0].softmax(1)))
+
+
+def label_report(targets, labelled, pool: Pool | None) -> dict[str, float]:
+    """The share of the pool that is labelled and, where the truth is known, the share of right labels.
+
+    label_accuracy: of the labels in use; seed_accuracy: of the source images' labels, for the same images
+    """
+    if pool is None:
+        return {}
+    label, labelled = targets.argmax(1).cpu(), labelled.cpu()
+    report = {"labelled": labelled.float().mean().item()}
+    if pool.truth is not None and labelled.any():
+        report["label_accuracy"] = (label == pool.truth)[labelled].float().mean().item()
+        with_source = labelled & (pool.source_labels >= 0)
+        report["seed_accuracy"] = (pool.source_labels == pool.truth)[with_source].float().mean().item()
+    return report
+
+
+def pool_batch(args: Args) -> int:
+    """The number of images of the pool in a batch."""
+    return max(1, round(args.batch_size * args.synthetic_ratio))
+
+
+def load_batches(args: Args, accelerator, real: common.Images, pool: common.Images | None, steps: int):
+    """Yields the batches of an epoch: views x of real images and their labels y, views u of the pool's images
+    and their indices. Without a pool u is empty.
+    """
+    samples = steps * args.batch_size  # the real images again and again
+    loaders = [common.make_loader(real, args.batch_size, accelerator, True, args.workers, samples)]
+    if pool is not None:
+        loaders.append(common.make_loader(pool, pool_batch(args), accelerator, True, args.workers))
+    for (x, y), *of_pool in zip(*loaders, strict=True):
+        yield x, y, *(of_pool[0] if of_pool else (x[:0, 0], y[:0]))
+
+
+CLASSIFIERS = {  # the names in reports of classifiers that are trained on real images and these labels
     "none": "standard augmentation",
     "seed": "seed labels",
     "amst": "AMST",
@@ -544,182 +673,128 @@ CLASSIFIERS = {  # names in reports: what the classifier learns from, by the lab
 }
 
 
-def label_report(targets, labelled, pool: Pool) -> dict[str, float]:
-    """Share of the pool that is labelled; where the truth is known, how often pseudo-labels are right.
+def train(args: Args, run: common.Run, accelerator, data: common.Data, pool: Pool | None, labels: str):
+    """Trains a classifier on real images and, with a pool, on the pool's images with the chosen labels.
 
-    label_accuracy: of the labels in use; seed_accuracy: of the seeds' labels of the same images.
+    Returns its scores on each split, and the pool's final targets [N, K] and which are labelled [N].
     """
-    report = {"labelled": labelled.float().mean().item()}
-    if pool.truth is not None and labelled.any():
-        report["label_accuracy"] = (targets.argmax(1) == pool.truth)[labelled].float().mean().item()
-        seeded = labelled & (pool.seed_labels >= 0)
-        report["seed_accuracy"] = (pool.seed_labels == pool.truth)[seeded].float().mean().item()
-    return report
-
-
-def train(
-    args: Args, run: common.Run, accelerator, data: common.Data, pool: Pool | None, labels: str,
-    files: tuple[str, str],
-):  # fmt: skip
-    """Trains a classifier on real images and, with a pool, towards synthetic_targets(labels) on its images.
-
-    An epoch is one pass over the pool, or as many steps if there is none; each step takes batch_size real
-    images and synthetic_ratio times as many of the pool. Targets are predicted anew before every epoch, from
-    the weak (not augmented) views. files: of the checkpoint and the metrics. Returns the final scores, the
-    log, and the pool's final targets with whether each is labelled.
-    """
-    torch.manual_seed(args.seed)
     heads = args.heads if labels == "amst" else 0
-    classifier = common.build_classifier(
-        args.classifier, data.class_names, args.image_size, args.pretrained, args.clip
+    net, model, optimizer = common.new_classifier(
+        args, accelerator, data.class_names, lambda net: MultiHead(net, heads)
     )
-    net = MultiHead(classifier, heads).to(memory_format=torch.channels_last)  # faster convolutions
-    optimizer = common.make_optimizer(args.optimizer, net, args.lr, args.weight_decay)
-    model, optimizer = accelerator.prepare(net, optimizer)
-
-    real_views, strong_view = make_views(args.image_size, args.augment, heads)
-    real = data.train.subset(range(len(data.train)), real_views)
-    many = max(1, round(args.batch_size * args.synthetic_ratio))
+    weights = args.auxiliary_weight, args.orthogonality_weight, args.consistency_weight if heads else 0.0
+    views, strong_view = make_views(args.image_size, args.augment, heads)
+    real = data.train.transformed(views)
+    # choice: an epoch is one pass over the pool; without a pool it has as many steps
     count = len(pool.images) if pool else len(real) * args.variations + args.unlabelled
-    steps = math.ceil(count / many)
-    w_c = args.consistency_weight if labels == "amst" else 0.0
-    if pool:
-        drawn = common.Images(pool.images.sources, range(count), strong_view)  # labelled by their index
-        plain = pool.images.subset(range(count), data.test.transform)
-    else:
-        targets = labelled = weak = torch.zeros(0, device=accelerator.device)
+    steps = math.ceil(count / pool_batch(args))
+    strong = common.Images(pool.images.sources, range(count), strong_view) if pool else None
 
-    parts = {"model": net, "optimizer": optimizer}
-    progress = run.resume(files[0], {"epoch": 0, "log": [], "training": 0.0}, **parts)
-
-    def targets_now():
-        logits, _ = common.predict(model, plain, accelerator, args.workers)
-        targets, labelled = synthetic_targets(
-            labels, logits, pool.seed_labels, args.threshold, pool.clip_logits
-        )
-        return targets, labelled, logits[:, 0].softmax(1)
-
-    start = progress["epoch"]
-    bar = tqdm(
-        range(start, args.epochs), CLASSIFIERS[labels], initial=start, total=args.epochs, disable=not run.main
-    )
-    for epoch in bar:
-        clock = time.time()
+    for epoch in run.epochs(CLASSIFIERS[labels], args.epochs, model=net, optimizer=optimizer):
+        # choice: the pool's images are labelled anew before every epoch, not before every step
         common.seed_everything(args.seed, epoch)
-        line = {"epoch": epoch + 1, "images": len(real), "pool": count if pool else 0}
-        samples = steps * args.batch_size
-        batches = [common.make_loader(real, args.batch_size, accelerator, True, args.workers, samples)]
-        if pool:
-            targets, labelled, weak = targets_now()
-            line |= label_report(targets, labelled, pool)
-            targets, labelled, weak = (t.to(accelerator.device) for t in (targets, labelled, weak))
-            batches.append(common.make_loader(drawn, many, accelerator, True, args.workers))
+        targets, labelled, weak = predict_targets(args, accelerator, model, pool, labels)
+        run.log(images=len(real), pool=len(targets), **label_report(targets, labelled, pool))
+
+        # one pass over the pool, real images beside it
         model.train()
         total = 0.0
-        for step, batch in enumerate(zip(*batches, strict=True)):
+        for step, (x, y, u, index) in enumerate(load_batches(args, accelerator, real, strong, steps)):
+            progress = (epoch + step / steps) / args.epochs
             for group in optimizer.param_groups:
-                group["lr"] = args.lr * common.cosine((epoch + step / steps) / args.epochs, args.warmup)
-            x, y = batch[0]  # x [B, 1 + A, 3, H, W]
-            u, index = batch[1] if pool else (x[:0, 0], y[:0])
+                group["lr"] = args.lr * common.cosine(progress, args.warmup)
             with accelerator.autocast():
                 logits = model(torch.cat([x.transpose(0, 1).flatten(0, 1), u])).float()
-                ours, theirs = logits[: len(logits) - len(u)], logits[len(logits) - len(u) :]
-                ours = ours.unflatten(0, (1 + heads, -1))
-                loss = self_training_loss(
-                    ours, y, theirs, targets[index], labelled[index], weak[index], net.auxiliary_weights(),
-                    args.auxiliary_weight, args.orthogonality_weight, w_c,
-                )  # fmt: skip
+                on_real, on_pool = logits.split([len(logits) - len(u), len(u)])
+                on_real = on_real.unflatten(0, (1 + heads, -1))  # [view, B, head, K]
+                goal = targets[index], labelled[index], weak[index]
+                loss = self_training_loss(on_real, y, on_pool, *goal, net.auxiliary_weights(), *weights)
             optimizer.zero_grad(set_to_none=True)
             accelerator.backward(loss)
             optimizer.step()
             total += loss.detach()
-        line["loss"] = common.finite(total) / steps
         common.share_buffers(accelerator, model)
-        progress["training"] += time.time() - clock
-        if heads > 1:
-            line["orthogonality"] = orthogonality_loss(net.auxiliary_weights()).item()
+        run.log(loss=common.finite(total) / steps)
+        if heads:
+            run.log(orthogonality=orthogonality_loss(net.auxiliary_weights()).item())
         if (epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs:
-            line["scores"] = common.evaluate(model, data, accelerator, args.workers)
-            line |= {split: score["top1"] for split, score in line["scores"].items()}
-        progress["log"].append(line)
-        bar.set_postfix({k: f"{v:.3f}" for k, v in line.items() if isinstance(v, float)})
-        progress["epoch"] = epoch + 1
-        run.write_lines(files[1], progress["log"])
-        run.checkpoint(files[0], progress, **parts)
-    final = progress["log"][-1]["scores"] | {"training": progress["training"]}
-    return final, progress["log"], targets_now()[:2] if pool else None
+            run.log_scores(common.evaluate(model, data, accelerator, args.workers))
+    return run.outcome(CLASSIFIERS[labels]), *predict_targets(args, accelerator, model, pool, labels)[:2]
 
 
-def save_labels(
-    run, folder: Path, records: list[dict], targets, labelled, names: list[str], own: bool
-) -> None:
-    """Adds the final pseudo-labels to metadata.jsonl; draws the images whose label is not their seed's."""
-    changed, captions = [], []
-    for r, target, sure in zip(records, targets.argmax(1).tolist(), labelled.tolist(), strict=False):
-        r["pseudo_label"] = target if sure else None
-        if sure and target != r["label"]:
-            changed.append(folder / r["file_name"])
-            captions.append(f"{names[r['label']]} → {names[target]}")
+def save_labels(run, folder: Path, records: list[dict], targets, labelled, names, own: bool) -> None:
+    """Adds the final pseudo-labels to the records; draws images that were given another label.
+
+    own: the images in `folder` are this run's, and their metadata is written again
+    """
+    for record, label, sure in zip(records, targets.argmax(1).tolist(), labelled.tolist(), strict=False):
+        record["pseudo_label"] = label if sure else None
     if own:
-        run.write_lines("synthetic/metadata.jsonl", records)
-    if changed:
-        some = slice(None, None, math.ceil(len(changed) / 32))
-        common.save_captioned(changed[some], captions[some], run.path / "samples" / "relabelled.png", 8)
+        run.write("synthetic/metadata.jsonl", records)
+    changed = [r for r in records if r["pseudo_label"] not in (None, r["label"])]
+    if changed and run.main:
+        shown = changed[:: math.ceil(len(changed) / 32)]
+        captions = [f"{names[r['label']]} → {names[r['pseudo_label']]}" for r in shown]
+        files = [folder / r["file_name"] for r in shown]
+        common.save_captioned(files, captions, run.path / "samples" / "relabelled.png", columns=8)
 
 
 def resolve(args: Args) -> Args:
-    """Fills the fields left open from the data set's recipe. Raises UserError for what cannot be."""
+    """Fills the fields left None from the data set's recipe. Raises UserError if a value cannot be."""
     args = common.fill_recipe(args, RECIPES, "dreamda")
     common.check_choice("--labels", args.labels, [*CLASSIFIERS][1:])
     common.check_choice("--inversion", args.inversion, ["cycle", "ddim", "none"])
     common.check_at_least(1, args, "variations", "inversions")
     common.check_at_least(0, args, "unlabelled")
-    if args.labels == "amst" and args.heads < 2:
-        raise common.UserError(f"--heads {args.heads}: agreement needs at least 2")
+    require(args.labels != "amst" or args.heads >= 2, f"--heads {args.heads}: agreement needs at least 2")
     return args
 
 
-def check(args: Args, data: common.Data) -> None:
-    """Raises UserError for the mistakes that would otherwise show only after the images are generated."""
-    available = len(data.unlabelled) if data.unlabelled else 0
-    if available < args.unlabelled:
-        raise common.UserError(f"--unlabelled {args.unlabelled}: {args.dataset} has {available}")
-    for name in [args.classifier] + ["clip"] * (args.labels == "clip"):
-        classifier = common.build_classifier(
-            name, data.class_names, args.image_size, args.pretrained, args.clip
-        )
-        common.make_optimizer(args.optimizer, classifier, args.lr, args.weight_decay)
+def check(args: Args, accelerator, data: common.Data, pipe) -> None:
+    """Raises UserError for mistakes that would otherwise show only after the images are generated."""
+    common.check_training(args, accelerator, data)
+    if args.real_only:
+        return
+    available, processes = len(data.unlabelled or []), accelerator.num_processes
+    require(args.unlabelled <= available, f"--unlabelled {args.unlabelled}: {args.dataset} has {available}")
+    of_pool = f"--synthetic_ratio {args.synthetic_ratio}: {pool_batch(args)} synthetic images in a batch are"
+    require(pool_batch(args) % processes == 0, f"{of_pool} not a multiple of {processes} processes")
+    if args.labels == "clip":
+        common.build_classifier("clip", data.class_names, args.image_size, clip=args.clip)
+    if pipe is not None:
+        ddim_steps(pipe, args.steps, args.strength, args.eta)
+        Perturbation(pipe.unet, args.perturb, args.noise_scale, [])
 
 
 def run_once(args: Args, accelerator) -> dict:
-    """One run in args.out, with its baselines; a finished run's result is read from its folder."""
-    run = common.Run(args.out, args, accelerator, free=("seeds",))
+    """Makes one run in args.out, with its baselines. A finished run's result is read from its folder."""
+    run = common.Run(args, accelerator)
     if result := run.result():
         return result
-    data = common.data_of(args, unlabelled=args.unlabelled > 0)
-    pool, records, about, kinds = None, [], {"generation": 0.0}, ["none"]
+    data, pipe, records = common.data_of(args, unlabelled=args.unlabelled > 0), None, []
+    folder = Path(args.synthetic or args.out) / "synthetic"
+    if args.synthetic and not args.real_only:
+        records = common.read_records(folder, data.class_names)
+    elif not args.real_only:
+        pipe = common.load_pipeline(args.diffusion, accelerator.device)
+        records = records_of(args, data)
+    check(args, accelerator, data, pipe)
+    run.begin()
+
+    pool, generated, kinds, result = None, {}, ["none"], {}
+    if pipe is not None:
+        draw_variations(args, run, pipe, data, records)
+        pipe = None  # frees its memory
     if not args.real_only:
-        check(args, data)
-        folder = Path(args.synthetic or run.path) / "synthetic"
-        if args.synthetic:
-            records = common.read_records(folder, data.class_names)
-        else:
-            pipe = common.load_pipeline(args.diffusion, accelerator.device)
-            records, about["generation"] = generate(args, run, accelerator, pipe, data)
-            del pipe
-        pool, about["distances"] = make_pool(args, run, accelerator, data, folder, records)
+        pool, generated["distances"] = make_pool(args, accelerator, data, folder, records)
         kinds = list(dict.fromkeys([*(("none", "seed") if args.baseline else ()), args.labels]))
-    result, logs = {}, {}
     for kind in kinds:
-        main = kind == kinds[-1]
-        files = ("checkpoint.pt", "metrics.jsonl") if main else (f"{kind}.pt", f"{kind}.jsonl")
-        scores, logs[CLASSIFIERS[kind]], labels = train(
-            args, run, accelerator, data, pool if kind != "none" else None, kind, files
-        )
-        result[CLASSIFIERS[kind]] = scores | {"synthetic": len(records)} | (about if main else {})
-    if pool and run.main:
+        scores, *labels = train(args, run, accelerator, data, pool if kind != "none" else None, kind)
+        result[CLASSIFIERS[kind]] = scores | {"synthetic": len(records)}
+    result[CLASSIFIERS[kinds[-1]]] |= {"generation": run.seconds.get("generating", 0.0)} | generated
+    if pool:
         save_labels(run, folder, records, *labels, data.class_names, own=not args.synthetic)
-    return run.finish(result, logs)
+    return run.finish(result)
 
 
 # The paper's comparison: every rung adds one part, all with as many images and as many training steps.
@@ -738,4 +813,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    common.cli(main, Args)
+    common.cli(main, Args, RECIPES)

@@ -1,13 +1,15 @@
-"""Seconds per image of each method's generation against the stock pipeline at equal steps, and peak memory.
+"""Times each method's generation, and measures its GPU memory, against the stock pipeline at equal steps.
 
-    python tests/bench.py                          digits_sd on the CPU, the calls of a table interleaved
-    python tests/bench.py --methods dreamda        one method
-    python tests/bench.py --batch_sizes 1 4 8      with a GPU: Stable Diffusion's full architecture (2.1 for
-                                                   ActGen, else 1.5), random weights, bf16, 512x512
-    python tests/bench.py --flops                  counts an ActGen image's operations instead, on any machine
+    python tests/bench.py                       the embedded generator on the CPU
+    python tests/bench.py --methods dreamda     one method alone
+    python tests/bench.py --batch_sizes 1 4 8   on a GPU: the full architecture of Stable Diffusion (2.1 for
+                                                ActGen, 1.5 for the others), random weights, bf16, 512x512
+    python tests/bench.py --flops               counts the operations of an ActGen image, on any machine
 
-ActGen: both losses on for every image, guide and attention mask on, its most expensive setting. DreamDA: a
-batch is the variations of one seed, its inversion included. DIAGen: a batch of img2img; Textual Inversion.
+The calls of a table take turns, so that a change in the machine's load meets all of them. What is timed:
+    ActGen     its most expensive setting: guide, attention mask, and both losses on for every image
+    DreamDA    a batch of variations of one source image, with its inversion
+    DIAGen     a batch of img2img, and Textual Inversion
 """
 
 import argparse
@@ -23,57 +25,71 @@ import actgen  # noqa: E402
 import common  # noqa: E402
 import diagen  # noqa: E402
 import dreamda  # noqa: E402
+from digits import pretrain, world  # noqa: E402
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
-NAMES = common.DIGIT_NAMES
+NAMES = world.NAMES
 PROMPT = "a photo of a {}"
-BATCH = {"actgen": 16, "dreamda": 8, "diagen": 16}  # on the CPU
+BATCH = {"actgen": 16, "dreamda": 8, "diagen": 16}  # default batch sizes
 
 
 def stable_diffusion(version: str, device=DEVICE):
-    """The full architecture of Stable Diffusion 1.5 or 2.1-base, random weights (nothing is downloaded)."""
+    """The full architecture of Stable Diffusion 1.5 or 2.1 with random weights. Nothing is downloaded."""
     from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
     width, heads, layers, act = (768, 12, 12, "quick_gelu") if version == "1.5" else (1024, 16, 23, "gelu")
-    tokenizer = common.build_tokenizer(["a", "photo", "of", *NAMES], max_length=77)
+    tokenizer = pretrain.build_tokenizer(["a", "photo", "of", *NAMES], max_length=77)
     text = CLIPTextConfig(
-        vocab_size=49408, hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers,
-        num_attention_heads=heads, hidden_act=act,
-    )  # fmt: skip
+        vocab_size=49408,
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        hidden_act=act,
+    )
     unet = dict(sample_size=64, block_out_channels=(320, 640, 1280, 1280), cross_attention_dim=width)
     unet |= {"attention_head_dim": 8 if version == "1.5" else (5, 10, 20, 20)}
     unet |= {"use_linear_projection": version != "1.5"}
     vae = dict(
-        sample_size=512, block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4,
-        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-    )  # fmt: skip
+        sample_size=512,
+        block_out_channels=(128, 256, 512, 512),
+        layers_per_block=2,
+        latent_channels=4,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+    )
     with torch.device(device):
         parts = [AutoencoderKL(**vae), CLIPTextModel(text), UNet2DConditionModel(**unet)]
-    parts = [p.to(torch.bfloat16).eval().requires_grad_(False) for p in parts]
+    vae, text_encoder, unet = (p.to(torch.bfloat16).eval().requires_grad_(False) for p in parts)
     scheduler = DDPMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, steps_offset=1
     )
     pipe = StableDiffusionPipeline(
-        vae=parts[0], text_encoder=parts[1], tokenizer=tokenizer, unet=parts[2], scheduler=scheduler,
-        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
-    )  # fmt: skip
-    pipe.unet.to(memory_format=torch.channels_last)
-    pipe.vae.to(memory_format=torch.channels_last)
+        vae=vae.to(memory_format=torch.channels_last),
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        unet=unet.to(memory_format=torch.channels_last),
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
-def prompts(b):
+def prompts(b: int) -> list[str]:
     return [PROMPT.format(NAMES[i % 10]) for i in range(b)]
 
 
-def generators(b):
+def generators(b: int) -> list[torch.Generator]:
     return [common.generator(i) for i in range(b)]
 
 
-def quiet(pipeline_class, pipe, scheduler):
+def stock_pipeline(pipeline_class, pipe, scheduler):
+    """A stock pipeline of pipe's parts, without progress bar."""
     parts = {name: part for name, part in pipe.components.items() if name != "image_encoder"}
     pipeline = pipeline_class(**parts, requires_safety_checker=False)
     pipeline.scheduler = scheduler
@@ -82,27 +98,25 @@ def quiet(pipeline_class, pipe, scheduler):
 
 
 def actgen_calls(pipe, steps):
-    """name -> (call of a batch size, images it makes); the first is the stock pipeline."""
+    """By name: (a function that makes a batch of b images, the number of images it makes if not b).
+
+    The first is the stock pipeline, to which the others are compared.
+    """
     scale = 15.0 if GPU else 4.0
     size = 224 if GPU else 32
     classifier = common.build_classifier("resnet50" if GPU else "small_cnn", NAMES, size).to(DEVICE).eval()
     pixels, side = common.resolution(pipe), pipe.unet.config.sample_size
     bank = {y: torch.randn(200, pipe.unet.config.in_channels, side, side, device=DEVICE) for y in range(10)}
-    common_arguments = dict(
-        steps=steps or 40, prompt=PROMPT, guidance_scale=scale, attention_resolution=16 if GPU else 8
-    )
+    steps, resolution = steps or 40, 16 if GPU else 8
+    options = dict(steps=steps, prompt=PROMPT, guidance_scale=scale, attention_resolution=resolution)
 
     def stock(b):
-        pipe(
-            prompts(b), num_inference_steps=steps or 40, guidance_scale=scale, generator=generators(b),
-            output_type="pt",
-        )  # fmt: skip
+        options = dict(num_inference_steps=steps, guidance_scale=scale, output_type="pt")
+        pipe(prompts(b), generator=generators(b), **options)
 
     def guided(b, **losses):
-        actgen.generate(
-            pipe, torch.rand(b, 3, pixels, pixels), torch.arange(b) % 10, NAMES, generators=generators(b),
-            **common_arguments, **losses,
-        )  # fmt: skip
+        guides, labels = torch.rand(b, 3, pixels, pixels), torch.arange(b) % 10
+        actgen.generate(pipe, guides, labels, NAMES, generators=generators(b), **options, **losses)
 
     def with_losses(b):
         guided(b, classifier=classifier, bank=bank, classifier_size=size)
@@ -115,12 +129,13 @@ def actgen_calls(pipe, steps):
 
 
 def dreamda_calls(pipe, steps):
+    """See actgen_calls."""
     from diffusers import CycleDiffusionPipeline, DDIMScheduler, StableDiffusionImg2ImgPipeline
 
     steps, scale = steps or 100, 7.5
     ddim = DDIMScheduler.from_config(pipe.scheduler.config, set_alpha_to_one=False)
-    img2img = quiet(StableDiffusionImg2ImgPipeline, pipe, ddim)
-    cycle = quiet(CycleDiffusionPipeline, pipe, ddim)
+    img2img = stock_pipeline(StableDiffusionImg2ImgPipeline, pipe, ddim)
+    cycle = stock_pipeline(CycleDiffusionPipeline, pipe, ddim)
     pixels = common.resolution(pipe)
     options = dict(strength=0.8, num_inference_steps=steps, guidance_scale=scale, eta=1.0)
 
@@ -128,40 +143,35 @@ def dreamda_calls(pipe, steps):
         images = torch.rand(b, 3, pixels, pixels)
         img2img(prompts(b), images, generator=generators(b), output_type="pt", **options)
 
-    def one_seed(b):
-        inverted = dreamda.invert(
-            pipe, torch.rand(1, 3, pixels, pixels), generators(1), steps=steps, rows=2 * b
-        )
-        seeds = torch.zeros(b, dtype=torch.long)
-        common.decode(
-            pipe, dreamda.vary(pipe, inverted, seeds, prompts(b), generators(b), guidance_scale=scale)
-        )
+    def one_source(b):
+        image, sources = torch.rand(1, 3, pixels, pixels), torch.zeros(b, dtype=torch.long)
+        inverted = dreamda.invert(pipe, image, generators(1), steps=steps, rows=2 * b)
+        latents = dreamda.vary(pipe, inverted, sources, prompts(b), generators(b), guidance_scale=scale)
+        common.decode(pipe, latents)
 
     def stock_cycle(b):
-        cycle(
-            prompts(1)[0], "", torch.rand(1, 3, pixels, pixels), source_guidance_scale=1.5,
-            generator=generators(1)[0], output_type="np", **options,
-        )  # fmt: skip
+        image, source = torch.rand(1, 3, pixels, pixels), dict(source_guidance_scale=1.5)
+        cycle(prompts(1)[0], "", image, generator=generators(1)[0], output_type="np", **source, **options)
 
     return {
         "stock StableDiffusionImg2ImgPipeline, DDIM": (stock, None),
-        "DreamDA, one seed inverted and varied": (one_seed, None),
+        "DreamDA, one image inverted and varied": (one_source, None),
         "stock CycleDiffusionPipeline, one image": (stock_cycle, 1),
     }
 
 
 def diagen_calls(pipe, steps):
+    """See actgen_calls."""
     from diffusers import DDIMScheduler, StableDiffusionImg2ImgPipeline
 
     steps, scale = steps or 50, 15.0
-    stock_pipeline = quiet(
-        StableDiffusionImg2ImgPipeline, pipe, DDIMScheduler.from_config(pipe.scheduler.config)
-    )
+    ddim = DDIMScheduler.from_config(pipe.scheduler.config)
+    img2img = stock_pipeline(StableDiffusionImg2ImgPipeline, pipe, ddim)
     pixels = common.resolution(pipe)
     options = dict(strength=0.7, num_inference_steps=steps, guidance_scale=scale, output_type="pt")
 
     def stock(b):
-        stock_pipeline(prompts(b), torch.rand(b, 3, pixels, pixels), generator=generators(b), **options)
+        img2img(prompts(b), torch.rand(b, 3, pixels, pixels), generator=generators(b), **options)
 
     def batched(b):
         with torch.no_grad():  # four real images, each encoded once
@@ -170,16 +180,13 @@ def diagen_calls(pipe, steps):
         diagen.img2img(pipe, latents, prompts(b), generators(b), steps=steps, guidance_scale=scale)
 
     def one_by_one(b):
-        for i in range(b):
-            stock_pipeline(
-                prompts(b)[i], torch.rand(1, 3, pixels, pixels), generator=generators(b)[i], **options
-            )
+        for prompt, generator in zip(prompts(b), generators(b), strict=True):
+            img2img(prompt, torch.rand(1, 3, pixels, pixels), generator=generator, **options)
 
     def inversion(b):  # b steps on 4 images of one class
-        tokens, start = ["<one>"], diagen.initial_embeddings(pipe, ["one"])
-        diagen.textual_inversion(
-            pipe, torch.rand(4, 3, pixels, pixels), torch.zeros(4, dtype=torch.long), tokens, start, steps=b
-        )
+        images, labels = torch.rand(4, 3, pixels, pixels), torch.zeros(4, dtype=torch.long)
+        start = diagen.initial_embeddings(pipe, ["one"])
+        diagen.textual_inversion(pipe, images, labels, ["<one>"], start, steps=b)
 
     return {
         "stock StableDiffusionImg2ImgPipeline, DDIM": (stock, None),
@@ -190,7 +197,7 @@ def diagen_calls(pipe, steps):
 
 
 def count_flops(steps: int = 40, gradient_steps: int = 10) -> None:
-    """Prints TFLOP of an image by ActGen with Stable Diffusion 2.1, both losses on; computes nothing."""
+    """Prints the TFLOP of an image by ActGen with Stable Diffusion 2.1 and both losses. Computes nothing."""
     from torch.utils.flop_counter import FlopCounterMode
 
     pipe = stable_diffusion("2.1", "meta")
@@ -215,48 +222,55 @@ def count_flops(steps: int = 40, gradient_steps: int = 10) -> None:
         print(f"| {pixels} | {unet:.1f} | {decoder:.1f} | {image:.1f} | {total:.1f} |")
 
 
+def measure(call, b: int) -> tuple[float, float]:
+    """The seconds of call(b), and the peak GPU memory in GiB (0 on the CPU)."""
+    if GPU:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+    clock = time.perf_counter()
+    call(b)
+    if GPU:
+        torch.cuda.synchronize()
+    return time.perf_counter() - clock, torch.cuda.max_memory_allocated() / 2**30 if GPU else 0.0
+
+
+def time_method(calls: dict, b: int, rounds: int) -> None:
+    """Prints a row for each call: median seconds per image, and their ratio to those of the first call."""
+    seconds, memory = {name: [] for name in calls}, {}
+    for turn in range(rounds + 1):
+        for name, (call, images) in calls.items():
+            spent, memory[name] = measure(call, b)
+            if turn > 0:  # the first round warms up
+                seconds[name].append(spent / (images or b))
+    stock = torch.tensor(next(iter(seconds.values())))
+    for name, values in seconds.items():
+        values = torch.tensor(values)
+        ratio, peak = (values / stock).median(), f"{memory[name]:.1f}" if GPU else "-"
+        print(f"| {b} | {name} | {values.median():.4f} | {ratio:.2f} | {peak} |")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--methods", nargs="+", default=[*BATCH], choices=[*BATCH])
-    parser.add_argument("--batch_sizes", type=int, nargs="+", default=None)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=None)
-    parser.add_argument("--flops", action="store_true")
+    parser.add_argument("--batch_sizes", type=int, nargs="+", help=f"by default {BATCH}")
+    parser.add_argument("--rounds", type=int, default=3, help="number of times that each call is timed")
+    parser.add_argument("--steps", type=int, help="sampling steps; by default the method's own")
+    parser.add_argument("--flops", action="store_true", help="count operations instead")
     options = parser.parse_args()
     if options.flops:
         return count_flops()
-    name = torch.cuda.get_device_name() if GPU else f"CPU, {torch.get_num_threads()} threads"
-    print(f"{name}; torch {torch.__version__}; medians of {options.rounds} rounds, interleaved")
+    machine = torch.cuda.get_device_name() if GPU else f"CPU, {torch.get_num_threads()} threads"
+    print(f"{machine}; torch {torch.__version__}; medians of {options.rounds} rounds, interleaved")
     print("| batch | what | s/image | ratio to stock | peak GPU memory, GiB |\n|---|---|---|---|---|")
-    pipes = {}
+    calls, version, pipe = dict(actgen=actgen_calls, dreamda=dreamda_calls, diagen=diagen_calls), None, None
     for method in options.methods:
-        version = ("2.1" if method == "actgen" else "1.5") if GPU else "digits_sd"
-        if version not in pipes:
-            pipes = {
-                version: stable_diffusion(version)
-                if GPU
-                else common.load_pipeline(str(common.ROOT / "digits_sd"))
-            }
-        calls = globals()[f"{method}_calls"](pipes[version], options.steps)
+        wanted = ("2.1" if method == "actgen" else "1.5") if GPU else "the embedded generator"
+        if wanted != version:
+            pipe = None  # frees the memory of the one before
+            pipe = stable_diffusion(wanted) if GPU else common.load_pipeline(common.DIGITS_SD)
+            version = wanted
         for b in options.batch_sizes or [BATCH[method]]:
-            seconds, memory = {}, {}
-            for turn in range(options.rounds + 1):  # the first warms up
-                for what, (call, images) in calls.items():
-                    if GPU:
-                        torch.cuda.synchronize()
-                        torch.cuda.reset_peak_memory_stats()
-                    clock = time.perf_counter()
-                    call(b)
-                    if GPU:
-                        torch.cuda.synchronize()
-                        memory[what] = f"{torch.cuda.max_memory_allocated() / 2**30:.1f}"
-                    if turn:
-                        seconds.setdefault(what, []).append((time.perf_counter() - clock) / (images or b))
-            base = torch.tensor(next(iter(seconds.values())))
-            for what, values in seconds.items():
-                values = torch.tensor(values)
-                ratio = (values / base).median()
-                print(f"| {b} | {what} | {values.median():.4f} | {ratio:.2f} | {memory.get(what, '-')} |")
+            time_method(calls[method](pipe, options.steps), b, options.rounds)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,4 @@
-"""Fixtures: the embedded generator, loaded once, small data sets in the real file formats.
-
-A module that runs a script has in FOLDER the arguments of a run on a folder of images.
-"""
+"""Fixtures of several test files: the embedded generator, the digits world, small data sets, quick runs."""
 
 import itertools
 import sys
@@ -16,15 +13,14 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 pytest.register_assert_rewrite("runs")
 
-import runs  # noqa: E402
-
 import common  # noqa: E402
+from digits import world  # noqa: E402
 
 
 @pytest.fixture(scope="session")
 def pipe():
-    """digits_sd, frozen, fp32 on the CPU, DDPM sampling."""
-    return common.load_pipeline(str(ROOT / "digits_sd"))
+    """The embedded Stable Diffusion, frozen, fp32 on the CPU, DDPM sampling."""
+    return common.load_pipeline(common.DIGITS_SD)
 
 
 @pytest.fixture(scope="session")
@@ -40,33 +36,26 @@ def fixed_seed():
 
 @pytest.fixture(scope="module")
 def quick(pipe):
-    """In this process: 100 digits to evaluate on, and digits_sd loaded once."""
-    few = {k: v if k == "train" else (v[0][:100], v[1][:100]) for k, v in common._digit_splits().items()}
-    digits_sd, load = str(ROOT / "digits_sd"), common.load_pipeline
+    """For runs in this process: 100 digits to evaluate on; the embedded generator is loaded once."""
+    few = {k: v if k == "train" else (v[0][:100], v[1][:100]) for k, v in world.splits().items()}
+    load = common.load_pipeline
+
+    def load_once(name, *arguments, **options):
+        return pipe if name == common.DIGITS_SD else load(name, *arguments, **options)
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(common, "_digit_splits", lambda: few)
-        patch.setattr(common, "load_pipeline", lambda name, *a: pipe if name == digits_sd else load(name, *a))
+        patch.setattr(world, "splits", lambda: few)
+        patch.setattr(common, "load_pipeline", load_once)
         yield
 
 
 @pytest.fixture
-def mine(request, tmp_path):
-    """Arguments of a run on one's own images: odd sizes and modes, a space and an apostrophe in the names."""
+def mine(tmp_path):
+    """A folder of images of odd sizes and modes, with a space and an apostrophe in the class names."""
     rng, kinds = np.random.default_rng(0), [(40, 30, "L"), (17, 80, "RGB"), (5, 5, "P"), (33, 32, "CMYK")]
     for split, name in itertools.product(("train", "test"), ("guinea pig", "baker's_yeast")):
         (tmp_path / "data" / split / name).mkdir(parents=True)
         for width, height, mode in [*kinds, (200, 64, "L")]:
             image = Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8)).convert(mode)
             image.save(tmp_path / "data" / split / name / f"{width}.{'jpg' if mode == 'CMYK' else 'png'}")
-    return request.module.FOLDER | {"data_dir": tmp_path / "data", "out": tmp_path / "run"}
-
-
-@pytest.fixture
-def striped(request, tmp_path):
-    """Arguments of a run on 48 training and 60 test images of stripes; see runs.stripes."""
-    for split, count in (("train", 48), ("test", 60)):
-        for i, (image, y) in enumerate(zip(*runs.stripes(count, len(split)), strict=True)):
-            folder = tmp_path / "stripes" / split / common.DIGIT_NAMES[y]
-            folder.mkdir(parents=True, exist_ok=True)
-            image.save(folder / f"{i}.png")
-    return request.module.FOLDER | {"data_dir": tmp_path / "stripes", "image_size": 16, "augment": "none"}
+    return {"data_dir": tmp_path / "data", "out": tmp_path / "run"}

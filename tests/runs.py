@@ -1,4 +1,4 @@
-"""Helpers of the tests that run a script as a user does; `script` is its module, actgen or dreamda."""
+"""Helpers of the tests that run a script as a user does; `script` is the script's module."""
 
 import gc
 import io
@@ -23,6 +23,7 @@ import torch
 from PIL import Image
 
 import common
+from digits import pretrain
 
 TWO_PROCESSES = "-m torch.distributed.run --standalone --nproc_per_node 2".split()
 
@@ -163,13 +164,22 @@ def check_imagefolder(folder, records):
 
 
 def result_and_files(out):
-    """All that a run leaves but its seconds."""
+    """Everything that a run leaves, but for the seconds."""
     result = json.loads((out / "result.json").read_text())
     scores = {
         k: {s: x for s, x in v.items() if s not in ("generation", "training")} for k, v in result.items()
     }
-    files = [*out.glob("synthetic/**/*.*"), *out.glob("samples/*"), *out.glob("*.jsonl"), *out.glob("*.tmp")]
+    patterns = ["synthetic/**/*.*", "samples/*", "plans/*", "embeddings/*/*", "*.jsonl", "*.csv", "**/*.tmp"]
+    files = [f for pattern in patterns for f in out.glob(pattern)]
     return scores, {str(f.relative_to(out)): f.read_bytes() for f in files}
+
+
+def grey_levels(folder, other):
+    """The largest difference of a pixel, of 255, over the images of two runs; their names must be equal."""
+    names = sorted(str(path.relative_to(folder)) for path in folder.glob("synthetic/*/*.png"))
+    assert names == sorted(str(path.relative_to(other)) for path in other.glob("synthetic/*/*.png")) != []
+    pairs = ([np.asarray(Image.open(run / name), int) for run in (folder, other)] for name in names)
+    return max(abs(a - b).max() for a, b in pairs)
 
 
 def cut(path):
@@ -201,7 +211,7 @@ def tiny_clip(folder, names):
     from transformers import CLIPConfig, CLIPModel
 
     layers = dict(num_hidden_layers=2, num_attention_heads=2, hidden_size=16, intermediate_size=32)
-    tokenizer = common.build_tokenizer(["a", "photo", "of", *names.split()])
+    tokenizer = pretrain.build_tokenizer(["a", "photo", "of", *names.split()])
     ids = {f"{k}_token_id": getattr(tokenizer, f"{k}_token_id") for k in ("bos", "eos", "pad")}
     text = dict(**layers, **ids, vocab_size=len(tokenizer), max_position_embeddings=16)
     vision = dict(**layers, image_size=32, patch_size=8)
@@ -219,7 +229,7 @@ def check_ladder(script, out, seeds):
     for split, accuracies in ladder["top1"].items():
         column = 1 + 2 * list(ladder["top1"]).index(split)
         for row, (rung, values) in zip(rows, accuracies.items(), strict=True):
-            folders = [out / f"{re.sub('[^a-zA-Z0-9]+', '-', rung).strip('-')}-s{seed}" for seed in seeds]
+            folders = [out / f"{common.slug(rung)}-s{seed}" for seed in seeds]
             results = [json.loads((folder / "result.json").read_text()) for folder in folders]
             assert values == [100 * list(result.values())[-1][split]["top1"] for result in results]
             assert row[column].startswith(f"{np.mean(values):.1f} ± ")

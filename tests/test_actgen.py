@@ -11,8 +11,9 @@ from scipy.stats import ttest_rel
 
 import actgen
 import common
+from digits import judge, pretrain, world
 
-NAMES = common.DIGIT_NAMES
+NAMES = world.NAMES
 DIGITS = dict(prompt="a photo of a {}", guidance_scale=4.0, attention_resolution=8)
 
 
@@ -23,15 +24,28 @@ def generators(n, key=0):
 @pytest.fixture(scope="module")
 def guides():
     """48 held-out digits: images [48, 3, 32, 32], labels, true masks [48, 32, 32]."""
-    r = common.render_pool(common.digit_pools()["test"], 48, seed=5)
+    r = world.render_pool(world.pools()["test"], 48, seed=5)
     return r["images"].permute(0, 3, 1, 2).float() / 255, r["labels"], r["masks"]
 
 
 @pytest.fixture(scope="module")
 def oracle():
     """The oracle as a ten-class classifier."""
-    model = common.load_oracle()
+    model = judge.load_oracle()
     return lambda x: model(x)[:, :10]
+
+
+def draw(pipe, guides, **options):
+    """Variants of all guides."""
+    images, labels, _ = guides
+    return actgen.generate(
+        pipe, images, labels, NAMES, generators=generators(len(images)), **DIGITS | options
+    )
+
+
+@pytest.fixture(scope="module")
+def without_losses(pipe, guides):
+    return draw(pipe, guides)
 
 
 # --- the sampler
@@ -81,16 +95,62 @@ def test_full_guidance_everywhere_reproduces_the_guide(pipe, guides):
 
 
 def test_a_batch_equals_calls_with_one_guide(pipe, guides, oracle):
+    """Within a grey level, at steps that do not amplify rounding (at nu = 1 it grows to whole digits)."""
     images, labels = guides[0][:3], guides[1][:3]
     bank = {int(y): torch.randn(5, 4, 16, 16, generator=common.generator(int(y))) for y in labels}
-    options = dict(classifier=oracle, bank=bank, nu=1.0, **DIGITS)
+    options = dict(classifier=oracle, bank=bank, nu=0.05, steps=20, **DIGITS)
     batch = actgen.generate(pipe, images, labels, NAMES, generators=generators(3), **options)
+    plain = actgen.generate(pipe, images, labels, NAMES, generators=generators(3), **options | {"nu": 0})
+    assert (batch.images - plain.images).abs().amax((1, 2, 3)).min() > 2 / 255  # the losses do something
     for i in range(3):
         one = slice(i, i + 1)
         alone = actgen.generate(
             pipe, images[one], labels[one], NAMES, generators=generators(3)[one], **options
         )
-        assert torch.allclose(alone.images, batch.images[one], atol=2e-3)
+        assert (alone.images - batch.images[one]).abs().max() < 1 / 255
+
+
+def test_one_step_of_a_batch_equals_the_steps_of_its_images(pipe, guides, oracle):
+    """Prediction and gradient, with images that have both losses, one, and none."""
+    c, empty = pipe.encode_prompt([f"a photo of a {NAMES[y]}" for y in guides[1][:4]], "cpu", 1, True)
+    x, bank = torch.randn(4, 4, 16, 16), torch.randn(5, 4, 16, 16)
+    banks, hard = [bank, None, bank, None], torch.tensor([True, True, False, False])
+
+    def predicted(images):
+        losses = actgen.Losses(
+            lambda x0, bank: actgen.contrastive_loss(x0, bank, 100.0),
+            lambda x0, y: actgen.adversarial_loss(pipe, x0, y, oracle, 32),
+            [banks[i] for i in images], hard[images], guides[1][images],
+        )  # fmt: skip
+        tokens = torch.full((len(images), 16), 1 / 16)
+        attention = actgen.ClassAttention(pipe.unet, 8, tokens)
+        predict = actgen.NoisePrediction(pipe, empty[images], 4.0, losses, attention)
+        with torch.no_grad(), attention:
+            return predict(x[images], torch.tensor(500), c[images], losses.images())
+
+    eps, gradient = predicted([0, 1, 2, 3])
+    assert len(gradient) == 3
+    for i in range(4):
+        eps_alone, gradient_alone = predicted([i])
+        assert torch.allclose(eps[i], eps_alone[0], atol=1e-4)
+        if i < 3:
+            assert torch.allclose(
+                gradient[i], gradient_alone[0], rtol=1e-2, atol=1e-3 * gradient[i].abs().max()
+            )
+        else:
+            assert gradient_alone is None
+
+
+def test_gradient_checkpointing_changes_no_image(guides, oracle):
+    """Its second forward pass must not feed the attention maps again."""
+    out = []
+    for on in (False, True):
+        pipe = common.load_pipeline(common.DIGITS_SD, gradient_checkpointing=on)
+        assert pipe.unet.is_gradient_checkpointing == on
+        two = [part[:2] for part in guides]
+        out.append(draw(pipe, two, classifier=oracle, nu=0.05, steps=12))
+    assert torch.allclose(out[0].masks, out[1].masks, atol=1e-3)
+    assert (out[0].images - out[1].images).abs().max() < 1 / 255
 
 
 def test_ddpm_step_is_the_stock_schedulers(pipe):
@@ -128,7 +188,7 @@ def test_a_pipeline_in_stable_diffusion_21s_layout_is_loaded_and_guided(tmp_path
         CLIPTextConfig(vocab_size=600, hidden_size=32, intermediate_size=64, num_hidden_layers=2)
     )
     StableDiffusionPipeline(
-        vae=vae, unet=unet, text_encoder=text, tokenizer=common.build_tokenizer(["photo"], max_length=77),
+        vae=vae, unet=unet, text_encoder=text, tokenizer=pretrain.build_tokenizer(["photo"], max_length=77),
         scheduler=PNDMScheduler(beta_schedule="scaled_linear", skip_prk_steps=True, steps_offset=1),
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     ).save_pretrained(tmp_path)  # fmt: skip
@@ -180,7 +240,7 @@ def test_stored_maps_are_the_softmax_of_the_class_token(pipe):
         plain = pipe.unet(x, 500, text).sample
         with listener:
             handles = [m.register_forward_hook(reference, with_kwargs=True) for m in listener.layers]
-            listener.rows = (torch.tensor([2, 3]), torch.tensor([0, 1]))
+            listener.heard = (torch.tensor([2, 3]), torch.tensor([0, 1]))
             heard = pipe.unet(x, 500, text).sample
             for handle in handles:
                 handle.remove()
@@ -211,21 +271,19 @@ def test_a_resolution_without_cross_attention_is_refused(pipe):
         actgen.ClassAttention(pipe.unet, 16, torch.ones(1, 16))
 
 
-def test_the_mask_keeps_the_foreground_and_frees_the_background(pipe, guides):
+def test_the_mask_keeps_the_foreground_and_frees_the_background(pipe, guides, without_losses):
     """By the true masks: with attention the background moves away from the guide more than the digit does."""
-    images, labels, true = guides
-    change = {}
-    for attention_mask in (False, True):
-        out = actgen.generate(
-            pipe, images, labels, NAMES, generators=generators(48), attention_mask=attention_mask, **DIGITS
-        )
+    images, _, true = guides
+    changes = []
+    for out in (draw(pipe, guides, attention_mask=False), without_losses):
         distance = (out.images - images).abs().mean(1)  # [48, 32, 32]
-        change[attention_mask] = [
-            torch.stack([d[m].mean() for d, m in zip(distance, part, strict=True)]) for part in (true, ~true)
-        ]
-    foreground, background = (
-        after - before for before, after in zip(change[False], change[True], strict=True)
-    )
+        changes.append(
+            [
+                torch.stack([d[m].mean() for d, m in zip(distance, part, strict=True)])
+                for part in (true, ~true)
+            ]
+        )
+    foreground, background = (masked - whole for whole, masked in zip(*changes, strict=True))
     assert ttest_rel(background, torch.zeros(48), alternative="greater").pvalue < 1e-3
     assert ttest_rel(background, foreground, alternative="greater").pvalue < 0.05
 
@@ -268,6 +326,19 @@ def test_the_sampler_takes_gradient_steps_only_where_there_is_a_loss(pipe, guide
     assert torch.allclose(torch.cat(moves), torch.full((5 * with_loss,), 0.3), atol=1e-5)
 
 
+def test_a_gradient_that_is_rounding_noise_is_no_direction(pipe, guides):
+    """Where p(y) is 1 up to rounding, L_adv has no gradient for a step to blow up to its full length."""
+    x0 = common.encode(pipe, guides[0][:3]).requires_grad_()
+    margins = torch.tensor([5.0, 15.0, 25.0])  # of the right class's logit: -log p(y) = 0.01, 3e-7, 1e-11
+
+    def sure(images):
+        return torch.stack([margins + images.mean((1, 2, 3)), torch.zeros(3)], 1)
+
+    loss = actgen.adversarial_loss(pipe, x0, torch.zeros(3, dtype=torch.long), sure, 32)
+    (gradient,) = torch.autograd.grad(loss, x0)
+    assert gradient[0].abs().max() > 0 and not gradient[1:].any()
+
+
 def test_contrastive_loss_equals_its_formula_and_vanishes_beyond_the_margin():
     x0, bank = torch.randn(4, 16, 16), torch.randn(7, 4, 16, 16)
     expected = np.mean([max(0.0, 50 - np.linalg.norm((x0 - b).numpy())) for b in bank])
@@ -285,13 +356,12 @@ def test_a_classifier_that_gives_nan_changes_nothing(pipe, guides):
     assert torch.allclose(with_nan.images, without.images, atol=1e-4)
 
 
-def test_the_adversarial_loss_makes_images_harder_for_the_classifier(pipe, guides, oracle):
-    images, labels, _ = guides
-    loss = {}
-    for nu in (0.0, 1.0):
-        out = actgen.generate(pipe, images, labels, NAMES, oracle, generators=generators(48), nu=nu, **DIGITS)
-        loss[nu] = F.cross_entropy(oracle(out.images), labels, reduction="none").detach()
-    assert ttest_rel(loss[1.0], loss[0.0], alternative="greater").pvalue < 0.01
+def test_the_adversarial_loss_makes_images_harder_for_the_classifier(pipe, guides, oracle, without_losses):
+    harder = draw(pipe, guides, classifier=oracle, nu=1.0)
+    before, after = (
+        F.cross_entropy(oracle(out.images), guides[1], reduction="none") for out in (without_losses, harder)
+    )
+    assert ttest_rel(after, before, alternative="greater").pvalue < 0.01
 
 
 def test_decoding_fewer_pixels_for_the_adversarial_loss_points_the_same_way(
@@ -311,19 +381,16 @@ def test_decoding_fewer_pixels_for_the_adversarial_loss_points_the_same_way(
     assert alike.mean() > 0.2 and not torch.equal(gradients[0], gradients[2])
 
 
-def test_the_contrastive_loss_moves_images_away_from_the_bank(pipe, guides):
+def test_the_contrastive_loss_moves_images_away_from_the_bank(pipe, guides, without_losses):
     images, labels, _ = guides
     bank = {y: common.encode(pipe, images[labels == y]) for y in set(labels.tolist())}
-    distance = {}
-    for nu in (0.0, 1.0):
-        out = actgen.generate(
-            pipe, images, labels, NAMES, generators=generators(48), bank=bank, nu=nu, **DIGITS
-        )
-        distance[nu] = torch.stack([
-            (z - bank[y]).flatten(1).norm(dim=1).mean()
-            for z, y in zip(out.latents, labels.tolist(), strict=True)
-        ])  # fmt: skip
-    assert ttest_rel(distance[1.0], distance[0.0], alternative="greater").pvalue < 0.01
+
+    def distance(out):
+        pairs = zip(out.latents, labels.tolist(), strict=True)
+        return torch.stack([(z - bank[y]).flatten(1).norm(dim=1).mean() for z, y in pairs])
+
+    apart = draw(pipe, guides, bank=bank, nu=1.0)
+    assert ttest_rel(distance(apart), distance(without_losses), alternative="greater").pvalue < 0.01
 
 
 # --- which images, when
@@ -343,8 +410,10 @@ def test_the_control_sees_as_many_images_as_active_training():
 
 
 def plan(logits, labels, epoch=19, **changes):
+    """The columns of a plan."""
     args = actgen.resolve(actgen.Args(images_per_epoch=12, epochs=40, **changes))
-    return actgen.plan_epoch(args, logits, labels, epoch)
+    rows = actgen.plan_epoch(args, logits, labels, epoch)
+    return {key: [row[key] for row in rows] for key in rows[0]}
 
 
 def test_guides_are_the_misclassified_images_cycled():
@@ -352,14 +421,14 @@ def test_guides_are_the_misclassified_images_cycled():
     logits = F.one_hot(labels, 10).float() * 5
     logits[3], logits[7] = logits[0], logits[1]
     p = plan(logits, labels)
-    assert sorted(p["guide"]) == [3] * 6 + [7] * 6 and p["label"] == p["guide"] and p["wrong"] == 2
+    assert sorted(p["guide_index"]) == [3] * 6 + [7] * 6 and p["label"] == p["guide_index"]
     assert all(p["guided"]) and plan(logits, labels) == p and plan(logits, labels, seed=1) != p
 
 
 def test_without_mistakes_the_least_confident_images_guide():
     labels = torch.arange(10).repeat(3)
     logits = F.one_hot(labels, 10).float() * torch.linspace(1, 9, 30)[:, None]
-    assert sorted(plan(logits, labels)["guide"]) == list(range(12))
+    assert sorted(plan(logits, labels)["guide_index"]) == list(range(12))
 
 
 def test_random_generation_has_no_guides_and_no_losses():
@@ -372,6 +441,26 @@ def test_few_shot_guides_are_all_images_and_confidence_sets_their_centre():
     labels = torch.arange(10)
     logits = F.one_hot(labels, 10).float() * torch.linspace(0, 20, 10)[:, None]
     p = plan(logits, labels, few_shot=True)
-    assert set(p["guide"]) == set(range(10))
-    for guide, centre in zip(p["guide"], p["centre"], strict=True):
+    assert set(p["guide_index"]) == set(range(10))
+    for guide, centre in zip(p["guide_index"], p["centre"], strict=True):
         assert centre == pytest.approx(12.5 * (1 - logits.softmax(1)[guide, guide].item()), rel=1e-5)
+
+
+def test_the_images_to_draw_are_named_and_the_mistakes_counted(digits):
+    gen_val = digits.train.subset(range(30), digits.test.transform)
+    args = actgen.resolve(actgen.Args(images_per_epoch=4))
+
+    class Zero(torch.nn.Module):
+        def forward(self, x):
+            return F.one_hot(torch.zeros(len(x), dtype=torch.long), 10).float()
+
+    told = actgen.ask(args, common.make_accelerator(), Zero(), gen_val, NAMES, 2)
+    assert told["wrong"] == sum(y != 0 for y in gen_val.labels)
+    for j, record in enumerate(told["records"]):
+        name = NAMES[record["label"]]
+        assert record["file_name"] == f"{name}/e003-{j:04d}.png" and record["seed"] == [0, 2, j]
+        assert (
+            record["prompt"] == f"a photo of a {name}"
+            and gen_val.labels[record["guide_index"]] == record["label"]
+        )
+        assert record["guide"] == (f"#{record['guide_index']}" if record["guided"] else None)

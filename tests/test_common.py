@@ -1,120 +1,30 @@
-"""The digits world, data sets in their real file formats, classifiers, scores and run folders."""
+"""Data sets in their real file formats, classifiers, scores, pipelines, run folders and the command line."""
 
+import gc
 import itertools
 import json
 import math
+import os
 import pickle
-import re
+import sys
 import warnings
 from hashlib import md5
+from pathlib import Path
 from types import SimpleNamespace
 
+import diffusers
 import numpy as np
 import pytest
 import runs
 import torch
 import torchvision
 from PIL import Image
-from scipy import linalg, ndimage, stats
-from sklearn import metrics, neighbors
-from sklearn.datasets import load_digits
+from scipy import stats
+from sklearn import metrics
 
 import common
 
 RED, BLUE = (250, 10, 20), (10, 20, 250)
-
-
-@pytest.fixture(scope="module")
-def world():
-    train = common.digit_pools()["train"]
-    return {s: common.render_pool(train, 300, 7, s) for s in ("all", "common", "uncommon")}
-
-
-def test_same_seed_renders_the_same_bytes():
-    arguments = (3, "red", "flower", (5.0, 1.0, 1.0, -1.0))
-    image, mask = common.render(*arguments, seed=4)
-    common._sources.cache_clear()
-    again, mask_again = common.render(*arguments, seed=4)
-    assert image.tobytes() == again.tobytes() and mask.tobytes() == mask_again.tobytes()
-    assert image.tobytes() != common.render(*arguments, seed=5)[0].tobytes()
-
-
-def test_the_pools_are_disjoint_and_cover_all_digits():
-    assert sorted(np.concatenate(list(common.digit_pools().values()))) == list(range(1797))
-
-
-@pytest.mark.parametrize("setting", common.SETTINGS)
-def test_the_mask_is_where_the_colour_covers_more_than_half(setting):
-    compared = 0
-    for seed in range(10):
-        geometry = common.draw_geometry(np.random.default_rng(seed))
-        drawn = [(common.render(seed, c, setting, geometry, seed), v) for c, v in common.COLOURS.items()]
-        for ((a, mask), tint_a), ((b, _), tint_b) in itertools.combinations(drawn, 2):
-            if (a[0] == b[0]).all():  # the same background: the images differ by the digit's colour alone
-                difference = np.subtract(tint_a, tint_b)
-                share = (a.astype(float) - b) @ difference / (difference @ difference)
-                assert ((share > 0.5) == mask)[abs(share - 0.5) > 0.02].all()
-                compared += 1
-    assert compared >= 20
-
-
-def test_every_sample_is_legible(world):
-    contrasts, tints = [], np.array([*common.COLOURS.values()])
-    images, masks, colours = (world["all"][k].numpy() for k in ("images", "masks", "colours"))
-    for image, mask, tint in zip(images, masks, tints[colours], strict=True):
-        inner, outer = (ndimage.binary_dilation(mask, np.ones((k, k))) for k in (5, 7))
-        distance = np.linalg.norm(image[outer & ~inner] - tint, axis=1) / (255 * math.sqrt(3))
-        contrasts.append(np.quantile(distance, 0.1))  # 1: black on white
-    assert min(contrasts) > 0.1 and np.quantile(contrasts, 0.05) > 0.25
-
-
-def test_captions_colours_settings_and_labels_tell_what_is_drawn(world):
-    drawn, targets, forms = world["all"], load_digits().target[common.digit_pools()["train"]], set()
-    for i, caption in enumerate(drawn["captions"]):
-        label, colour, setting = (int(drawn[k][i]) for k in ("labels", "colours", "settings"))
-        (name, tint), setting = [*common.COLOURS.items()][colour], common.SETTINGS[setting]
-        parts = re.fullmatch(r"a photo of a (?:(\w+) )?(\w+)(?: on a (\w+) background)?", caption).groups()
-        assert label == targets[i] and parts[1] == common.DIGIT_NAMES[label]
-        assert parts[0] in (None, name) and parts[2] in (None, setting)
-        forms.add((parts[0] is None, parts[2] is None))
-        image, mask = drawn["images"][i].numpy(), drawn["masks"][i].numpy()
-        assert (abs(image[mask] - np.array(tint)) <= 1).all(1).any()
-        outside = image[~ndimage.binary_dilation(mask, np.ones((5, 5)))]
-        assert (np.ptp(outside, axis=0).max() == 0) == (setting == "plain")
-    assert len(forms) == 4
-
-
-def test_a_class_has_two_common_settings_and_a_third_uncommon_one(world):
-    common_ones, uncommon = (
-        set(zip(world[k]["labels"].tolist(), world[k]["settings"].tolist(), strict=True))
-        for k in ("common", "uncommon")
-    )
-    assert common_ones | uncommon == {(y, s) for y in range(10) for s in range(3)}
-    assert not common_ones & uncommon and len(uncommon) == 10
-
-
-def test_only_test_ood_is_uncommon_and_no_digit_is_in_two_splits(monkeypatch):
-    calls = []
-
-    def record(indices, count, seed, settings):
-        calls.append((set(indices.tolist()), settings))
-        return {"images": torch.zeros(0, 32, 32, 3, dtype=torch.uint8), "labels": torch.zeros(0)}
-
-    monkeypatch.setattr(common, "render_pool", record)
-    assert list(common._digit_splits.__wrapped__()) == ["train", "val", "test", "test_ood"]
-    (train, a), (val, b), (test, c), (ood, d) = calls
-    assert (a, b, c, d) == ("common", "common", "common", "uncommon") and ood == test
-    assert not train & val and not (train | val) & test
-    assert not (train | val | test) & set(common.digit_pools()["web"].tolist())
-
-
-def test_a_few_shot_draw_has_k_per_class_and_reproduces_with_its_seed():
-    def draw(seed):
-        train = common.load_data("digits", "", 32, "digits", per_class=3, seed=seed).train
-        assert np.bincount(train.labels).tolist() == [3] * 10
-        return [image.tobytes() for image in train.sources]
-
-    assert draw(1) == draw(1) != draw(2)
 
 
 def write(path, colour=RED, size=(40, 30), **options):
@@ -292,16 +202,6 @@ def test_clip_starts_as_its_own_zero_shot_classifier(tmp_path):
     assert torch.allclose(logits, expected, atol=1e-4)
 
 
-def test_a_given_word_is_one_token_and_other_text_survives():
-    words = "a photo of on background".split() + common.DIGIT_NAMES + [*common.COLOURS] + common.SETTINGS
-    text = 'A "quick" brown_fox, #7 (50 %) ~ it\'s {x|y} <z> \\ /usr/bin & a+b=c; ^_^ `ok`? @home $5!'
-    for known in (words, ["even", "seven", "eleven", "ven"]):
-        tokenizer = common.build_tokenizer(known)
-        assert {w: len(tokenizer.tokenize(w)) for w in known} == dict.fromkeys(known, 1)
-        decoded = tokenizer.decode(tokenizer(text).input_ids, skip_special_tokens=True)
-        assert decoded.replace(" ", "") == text.lower().replace(" ", "")
-
-
 def test_the_learning_rate_is_torchs_cosine_and_warms_up_linearly():
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], 1.0)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 20)
@@ -336,31 +236,6 @@ def test_scores_are_scikit_learns():
     bins, right, sure = np.ceil(15 * p.max(1)), p.argmax(1) == y, p.max(1)
     gaps = [abs(right[bins == b].mean() - sure[bins == b].mean()) * np.mean(bins == b) for b in set(bins)]
     assert ours["ece"] == pytest.approx(sum(gaps), rel=1e-4)
-
-
-def test_distances_equal_their_formulas():
-    real, fake = torch.randn(300, 6), 0.8 * torch.randn(300, 6) + torch.tensor([1.0, 0, 0, 0, 0, 0.5])
-    ours, x, y = common.distribution_distances(real, fake), real.double().numpy(), fake.double().numpy()
-    cx, cy = np.cov(x.T), np.cov(y.T)
-    fid = ((x.mean(0) - y.mean(0)) ** 2).sum() + np.trace(cx + cy - 2 * linalg.sqrtm(cx @ cy).real)
-    assert ours["fid"] == pytest.approx(fid, rel=1e-4)
-    xx, yy, xy = ((a @ b.T / 6 + 1) ** 3 for a, b in ((x, x), (y, y), (x, y)))
-    kid = sum((k.sum() - np.trace(k)) / (300 * 299) for k in (xx, yy)) - 2 * xy.mean()
-    assert ours["kid"] == pytest.approx(kid, rel=1e-3) and ours["kid"] > 0
-
-    def covered(points, manifold):  # inside a ball that reaches to its centre's third neighbour
-        radius = neighbors.NearestNeighbors(n_neighbors=3).fit(manifold).kneighbors()[0][:, -1]
-        return np.mean((metrics.pairwise_distances(points, manifold) <= radius).any(1))
-
-    assert ours["precision"] == pytest.approx(covered(y, x)) and 0 < ours["precision"] < 1
-    assert ours["recall"] == pytest.approx(covered(x, y)) != ours["precision"]
-
-
-def test_identical_sets_have_no_distance_and_far_sets_nothing_in_common():
-    features = torch.randn(200, 6)
-    same, far = (common.distribution_distances(features, features + shift) for shift in (0, 100))
-    assert abs(same["fid"]) < 1e-3 and same["kid"] < 1e-3 and same["precision"] == same["recall"] == 1
-    assert far["fid"] == pytest.approx(6 * 100**2, rel=1e-3) and far["precision"] == far["recall"] == 0
 
 
 def test_the_confidence_interval_is_students():
@@ -411,14 +286,274 @@ def test_processes_share_one_random_order_whatever_each_has_drawn(samples):
     assert sorted(itertools.chain(*batches)) == list(range(24))
 
 
-def open_run(path, overwrite=False, **arguments):
-    args = SimpleNamespace(**{"overwrite": overwrite, "seed": 0, "epochs": 4, **arguments})
-    return common.Run(path, args, common.make_accelerator())
+def test_generators_reproduce_and_differ_by_key():
+    keys = list(itertools.product(range(4), repeat=3))
+    first, second = ([torch.rand(4, generator=common.generator(*key)) for key in keys] for _ in range(2))
+    assert torch.equal(torch.stack(first), torch.stack(second))
+    assert len(torch.stack(first).unique(dim=0)) == len(keys)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Pipelines
+
+SCHEDULERS = [
+    "EulerDiscreteScheduler",
+    "PNDMScheduler",
+    "DPMSolverMultistepScheduler",
+    "UniPCMultistepScheduler",
+]
+BETAS = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1)
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_latents_are_never_clipped_whichever_scheduler_the_model_comes_with(name, tmp_path):
+    written = getattr(diffusers, name)(**BETAS)
+    written.save_pretrained(tmp_path)
+    pipe = SimpleNamespace(scheduler=type(written).from_pretrained(tmp_path))
+    scheduler, timesteps = common.ddim(pipe, 50, 0.7)
+    assert isinstance(scheduler, diffusers.DDIMScheduler) and len(timesteps) == 35
+    assert not scheduler.config.clip_sample and not scheduler.config.thresholding
+
+    z, noise = 3 * torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8)
+    x = scheduler.add_noise(z, noise, timesteps[:1].repeat(2))
+    for t in timesteps:  # img2img by a U-Net that knows the noise
+        alpha = scheduler.alphas_cumprod[t]
+        x = scheduler.step((x - alpha**0.5 * z) / (1 - alpha) ** 0.5, t, x).prev_sample
+    assert z.abs().max() > 5 and torch.allclose(x, z, atol=0.3)
+
+
+def test_a_loaded_pipeline_does_not_clip_whichever_scheduler_it_was_saved_with(tmp_path):
+    sd = Path(common.DIGITS_SD)
+    for part in sd.iterdir():
+        if part.name not in ("scheduler", "model_index.json"):
+            (tmp_path / part.name).symlink_to(part)
+    index = json.loads((sd / "model_index.json").read_text())
+    index["scheduler"] = ["diffusers", "EulerDiscreteScheduler"]
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    diffusers.EulerDiscreteScheduler(**BETAS).save_pretrained(tmp_path / "scheduler")
+    pipe = common.load_pipeline(str(tmp_path))
+    assert isinstance(pipe.scheduler, diffusers.DDPMScheduler) and not pipe.scheduler.config.clip_sample
+    for part in (pipe.unet, pipe.vae, pipe.text_encoder):
+        assert not part.training and not any(p.requires_grad for p in part.parameters())
+
+
+@pytest.mark.parametrize("steps, strength", [(10, 0.05), (10, 0.0), (2000, 0.5), (10, 1.1)])
+def test_a_strength_that_leaves_no_step_is_refused(pipe, steps, strength):
+    with pytest.raises(common.UserError, match=f"--steps {steps} with --strength {strength} leaves no step"):
+        common.ddim(pipe, steps, strength)
+
+
+def test_a_folder_that_holds_no_pipeline_is_named_in_one_line(tmp_path):
+    for folder, advice in ((tmp_path, "incomplete"), (tmp_path / "none", "no such folder")):
+        with pytest.raises(common.UserError, match=f"cannot load the model '{folder}': .*{advice}") as error:
+            common.load_pipeline(str(folder))
+        assert "\n" not in str(error.value)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Run folders
+
+
+def open_run(path, accelerator=None, free=("seeds",), **arguments):
+    gc.collect()  # a folder stays locked while the frames of an exception in an earlier run live
+    args = SimpleNamespace(**{"out": str(path), "overwrite": False, "seed": 0, "epochs": 4, **arguments})
+    return common.Run(args, accelerator or common.make_accelerator(), free)
+
+
+def process(index, count, wait=lambda: None):
+    """The accelerator of one of several processes, as far as a run folder needs it."""
+    return SimpleNamespace(
+        process_index=index, num_processes=count, is_main_process=index == 0, wait_for_everyone=wait
+    )
+
+
+class Killed(Exception):
+    pass
+
+
+def train(path, titles=("first", "second"), die=None):
+    """Trains a classifier for each title as the scripts do; raises in the middle of epoch `die` (title, i).
+
+    Returns the epochs that were done here, the classifiers' weights, and the lines of metrics.jsonl.
+    """
+    run, done, weights = open_run(path), [], []
+    run.begin()
+    for title in titles:
+        torch.manual_seed(0)
+        net = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4))
+        ema, optimizer = common.averaged(net, 0.5), torch.optim.Adam(net.parameters(), 0.1)
+        best = common.Best()
+        for epoch in run.epochs(title, 4, model=net, ema=ema, nothing=None, optimizer=optimizer, best=best):
+            common.seed_everything(0, epoch)
+            for step in range(3):
+                loss = (net(torch.randn(8, 4)) - 1).square().mean()
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                ema.update_parameters(net)
+                if (title, epoch) == die and step == 1:
+                    raise Killed
+            run.log(loss=loss.item())
+            run.log_scores({"val": {"top1": [0.1, 0.4, 0.4, 0.2][epoch]}})
+            best.update(epoch, [0.1, 0.4, 0.4, 0.2][epoch], net)
+            done.append((title, epoch))
+        assert run.outcome(title)["val"]["top1"] == 0.2 and run.outcome(title)["training"] > 0
+        weights.append([*net.state_dict().values(), *ema.state_dict().values(), *best.weights.values()])
+        assert best.epoch == 1  # the first of the two highest
+    return done, weights, runs.lines_of(path / "metrics.jsonl")
+
+
+def same(a, b):
+    return all(map(torch.equal, itertools.chain(*a), itertools.chain(*b)))
+
+
+def test_epochs_that_were_interrupted_go_on_to_the_same_lines_and_weights(tmp_path):
+    done, weights, lines = train(tmp_path / "whole")
+    assert done == [(title, epoch) for title in ("first", "second") for epoch in range(4)]
+    assert [(line["classifier"], line["epoch"]) for line in lines] == [(t, e + 1) for t, e in done]
+    assert all(line["val"] == line["scores"]["val"]["top1"] for line in lines)
+    rest = done
+    for die in (("first", 0), ("first", 2), ("second", 3)):
+        with pytest.raises(Killed):
+            train(tmp_path / "killed", die=die)
+        written = runs.lines_of(tmp_path / "killed" / "metrics.jsonl") if die != ("first", 0) else []
+        rest = done[done.index(die) :]
+        assert written == lines[: done.index(die)]
+    again = train(tmp_path / "killed")
+    assert again[0] == rest and same(again[1], weights) and again[2] == lines
+    done, last, unchanged = train(tmp_path / "killed")  # nothing is left to do
+    assert done == [] and same(last, weights) and unchanged == lines
+
+
+def test_a_value_is_computed_once_and_read_from_its_file_from_then_on(tmp_path):
+    calls, values = [], {"a.json": {"n": [1, 2.5, None]}, "b.jsonl": [{"x": 1}, {"y": "é"}], "c.csv": "é\n"}
+
+    def compute(value):
+        calls.append(value)
+        return value
+
+    for again in range(2):
+        run = open_run(tmp_path)
+        assert all(run.once(name, compute, value) == value for name, value in values.items())
+        assert torch.equal(run.once("plans/d.pt", compute, {"x": torch.arange(3)})["x"], torch.arange(3))
+        assert len(calls) == 4, again
+        del run
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_the_other_processes_wait_for_the_value_and_compute_only_together(tmp_path, together):
+    calls, barriers = [], []
+
+    def wait():  # the main process, which has the value at the second barrier
+        barriers.append(len(calls))
+        if len(barriers) == 3:
+            common.write_file(tmp_path / "plan.json", "the main process's")
+
+    run = open_run(tmp_path, process(1, 2, wait))
+    assert run.once("plan.json", lambda: calls.append(1), together=together) == "the main process's"
+    assert len(calls) == together and len(barriers) == 3  # one barrier when the run was opened
+    assert not (tmp_path / "config.json").exists()
+
+
+def draw(run, files, drawn, batch_size=3):
+    for batch in run.missing("drawing", files, batch_size):
+        drawn.append(batch)
+        images = torch.stack([torch.full((3, 4, 4), i / 100) for i in batch])
+        run.keep(images, [files[i] for i in batch], images[:, :1])
+
+
+def test_missing_images_are_shared_by_the_processes_and_a_batch_is_drawn_whole(tmp_path):
+    files = [tmp_path / "synthetic" / "a" / f"{i}.png" for i in range(10)]
+    shares = [[], [], []]
+    for index, share in enumerate(shares):
+        draw(open_run(tmp_path, process(index, 3)), files, share)
+    assert shares == [[[0, 1, 2], [9]], [[3, 4, 5]], [[6, 7, 8]]]
+    assert all(file.exists() for file in files) and not [*tmp_path.rglob("*.tmp")]
+    before = [file.read_bytes() for file in files]
+    files[4].unlink()
+    alone = []
+    run = open_run(tmp_path, process(0, 1))
+    draw(run, files, alone)
+    assert alone == [[3, 4, 5]] and [file.read_bytes() for file in files] == before
+    assert run.seconds["drawing"] > 0
+    assert common.read_file(tmp_path / "seconds.json") == run.seconds
+
+
+def test_an_image_appears_after_its_latents_so_neither_is_ever_without_the_other(tmp_path, monkeypatch):
+    files, drawn, save_png = [tmp_path / f"{i}.png" for i in range(3)], [], common.save_png
+
+    def die(image, file):
+        assert common.read_file(tmp_path / "latents" / f"{file.stem}.pt").shape == (1, 4, 4)
+        if file.stem == "1":
+            raise Killed
+        save_png(image, file)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(common, "save_png", die)
+        draw(open_run(tmp_path), files, drawn)
+    assert files[0].exists() and not files[1].exists()
+    draw(open_run(tmp_path), files, drawn)
+    assert drawn == [[0, 1, 2]] * 2 and all(file.exists() for file in files)
+
+
+def test_images_without_latents_leave_no_latents(tmp_path):
+    open_run(tmp_path).keep(torch.rand(1, 3, 4, 4), [tmp_path / "synthetic" / "a" / "0.png"])
+    assert (tmp_path / "synthetic" / "a" / "0.png").exists() and not (tmp_path / "latents").exists()
+
+
+def test_a_begun_run_refuses_other_arguments_and_names_the_difference(tmp_path):
+    open_run(tmp_path)
+    run = open_run(tmp_path, epochs=5, seeds=1, data_dir="a")  # the first was not begun
+    run.begin()
+    run.write("model.pt", {"x": torch.ones(1)})
+    del run
+    with pytest.raises(
+        common.UserError, match="holds a run with --epochs 5, this one has --epochs 4.*--over"
+    ):
+        open_run(tmp_path, seeds=1)
+    assert open_run(tmp_path, epochs=5, seeds=2, data_dir="b").config["seeds"] == 2  # these two may change
+    with pytest.raises(common.UserError, match="--seeds 1, this one has --seeds 2"):
+        open_run(tmp_path, epochs=5, seeds=2, free=())
+    config = common.read_file(tmp_path / "config.json")
+    assert config["args"]["epochs"] == 5 and config["versions"]["numpy"] == np.__version__
+    open_run(tmp_path, epochs=4, seeds=1, overwrite=True)
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+
+
+def test_overwriting_never_empties_a_folder_that_holds_no_run(tmp_path):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    open_run(tmp_path, overwrite=True)
+    assert (tmp_path / "thesis.txt").exists()
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_run_folder_in_use_is_refused_and_left_alone(tmp_path, overwrite):
+    run = open_run(tmp_path)
+    run.begin()
+    run.write("model.pt", {"x": torch.ones(1)})
+    with pytest.raises(common.UserError, match=f"another process is running in {tmp_path}"):
+        open_run(tmp_path, overwrite=overwrite)
+    assert common.read_file(tmp_path / "model.pt")["x"] == 1 and (tmp_path / "config.json").exists()
+    del run
+    assert open_run(tmp_path).result() is None
+
+
+def test_a_finished_run_has_its_curves_and_says_that_it_is_finished(tmp_path, capsys):
+    train(tmp_path, ["first"])
+    run = open_run(tmp_path)
+    assert run.result() is None
+    for _ in run.epochs("first", 4):
+        raise AssertionError("nothing is left to do")
+    result = {"first": run.outcome("first")}
+    assert run.finish(result) == result and (tmp_path / "curves.png").exists()
+    del run
+    assert open_run(tmp_path).result() == result
+    assert f"{tmp_path} is finished; --overwrite starts it afresh" in capsys.readouterr().out
 
 
 def test_a_save_that_dies_half_way_leaves_the_old_file(tmp_path, monkeypatch):
     path, save = tmp_path / "checkpoint.pt", torch.save
-    common.save_atomically({"x": torch.ones(1000)}, path)
+    common.write_file(path, {"x": torch.ones(1000)})
 
     def die(state, f):
         save(state, tmp_path / "whole")
@@ -427,34 +562,41 @@ def test_a_save_that_dies_half_way_leaves_the_old_file(tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch, "save", die)
     with pytest.raises(OSError, match="gone"):
-        common.save_atomically({"x": torch.zeros(1000)}, path)
-    assert torch.load(path, weights_only=True)["x"].eq(1).all()
+        common.write_file(path, {"x": torch.zeros(1000)})
+    assert common.read_file(path)["x"].eq(1).all()
 
 
-def test_a_run_folder_refuses_other_arguments_and_names_the_difference(tmp_path):
-    run = open_run(tmp_path / "run")
-    run.save("checkpoint.pt", {"x": torch.ones(1)})
-    del run
-    with pytest.raises(common.UserError, match="--epochs 4.*--epochs 5.*--overwrite"):
-        open_run(tmp_path / "run", epochs=5)
-    assert open_run(tmp_path / "run").load("checkpoint.pt")["x"] == 1
-    assert open_run(tmp_path / "run", overwrite=True, epochs=5).load("checkpoint.pt") is None
+class Foreign:
+    def __reduce__(self):
+        return (os.mkdir, ("unpickled",))
 
 
-@pytest.mark.parametrize("overwrite", [False, True])
-def test_a_run_folder_in_use_is_refused_and_left_alone(tmp_path, overwrite):
-    run = open_run(tmp_path / "run")
-    run.save("checkpoint.pt", {"x": torch.ones(1)})
-    with pytest.raises(common.UserError, match="another process"):
-        open_run(tmp_path / "run", overwrite)
-    assert run.load("checkpoint.pt")["x"] == 1
+def test_reading_a_checkpoint_never_runs_foreign_code(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"x": Foreign()}, "model.pt")
+    with pytest.raises(common.UserError, match="cannot read model.pt"):
+        common.read_file(Path("model.pt"))
+    assert not Path("unpickled").exists()
 
 
-def test_generators_reproduce_and_differ_by_key():
-    keys = list(itertools.product(range(4), repeat=3))
-    first, second = ([torch.rand(4, generator=common.generator(*key)) for key in keys] for _ in range(2))
-    assert torch.equal(torch.stack(first), torch.stack(second))
-    assert len(torch.stack(first).unique(dim=0)) == len(keys)
+@pytest.mark.parametrize("name", ["model.pt", "plan.json", "lines.jsonl"])
+def test_a_truncated_file_is_named_and_a_missing_one_has_a_default(tmp_path, name):
+    path = tmp_path / name
+    assert common.read_file(path) is None and common.read_file(path, [1]) == [1]
+    common.write_file(path, [{"x": 1.0}] * 20)
+    assert common.read_file(path) == [{"x": 1.0}] * 20
+    path.write_bytes(path.read_bytes()[:-15])
+    with pytest.raises(common.UserError, match=f"cannot read {path}.*delete it") as error:
+        common.read_file(path)
+    assert len(str(error.value)) < 400 and "\n" not in str(error.value)
+
+
+def test_a_title_becomes_a_file_name():
+    assert [common.slug(t) for t in ("+ image guidance", "DreamDA, seed labels", "one head's labels")] == [
+        "image-guidance",
+        "DreamDA-seed-labels",
+        "one-head-s-labels",
+    ]
 
 
 def test_any_class_name_gets_a_folder_of_its_own(tmp_path):
@@ -466,3 +608,90 @@ def test_any_class_name_gets_a_folder_of_its_own(tmp_path):
     assert len(set(folders)) == len(names)
     classes = torchvision.datasets.ImageFolder(tmp_path / "synthetic").classes
     assert classes == sorted(folders)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The command line
+
+RECIPES = {"digits": dict(lr=0.5, epochs=7), "cifar10": dict(lr=0.25, pretrained=True)}
+
+
+def parse(monkeypatch, *words, main=None):
+    """The arguments that main gets from a command line."""
+    got = []
+    monkeypatch.setattr(sys, "argv", ["method.py", *words])
+    monkeypatch.setitem(sys.modules, "__main__", SimpleNamespace(__doc__="A method.\n\nMore."))
+    common.cli(main or got.append, common.RunArgs, RECIPES)
+    return got[0]
+
+
+@pytest.mark.parametrize(
+    "words, lr",
+    [("", "0.5"), ("--dataset cifar10", "0.25"), ("--dataset=cifar10", "0.25"), ("--datas cifar10", "0.25")],
+)
+def test_help_shows_the_values_of_the_data_sets_recipe(words, lr, monkeypatch, capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse(monkeypatch, *words.split(), "--help")
+    text = " ".join(capsys.readouterr().out.split())
+    assert stop.value.code == 0 and text.startswith("A method. ")
+    assert f"peak learning rate (default: {lr})" in text
+    args = parse(monkeypatch, *words.split())
+    assert str(args.lr) == lr and (args.epochs, args.pretrained) == (
+        (7, None) if lr == "0.5" else (None, True)
+    )
+
+
+def test_a_given_argument_wins_over_the_recipe(monkeypatch):
+    args = parse(monkeypatch, "--lr", "0.1", "--dataset", "cifar10", "--pretrained", "false")
+    assert (args.lr, args.pretrained, args.dataset) == (0.1, False, "cifar10")
+
+
+@pytest.mark.parametrize(
+    "error, message",
+    [
+        (common.UserError("give  another\nfolder"), "method.py: error: give another folder"),
+        (
+            OSError(28, "No space left on device", "a.pt"),
+            "cannot read or write a.pt: No space left on device",
+        ),
+        (torch.OutOfMemoryError(), "out of GPU memory; lower --generation_batch_size"),
+        (KeyboardInterrupt(), "stopped; the same command goes on from here"),
+    ],
+)
+def test_a_mistake_ends_in_one_line_and_status_2(error, message, monkeypatch, capsys):
+    def main(args):
+        raise error
+
+    with pytest.raises(SystemExit) as stop:
+        parse(monkeypatch, main=main)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and message in line
+
+
+def test_an_error_of_the_program_itself_is_not_hidden(monkeypatch):
+    def main(args):
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        parse(monkeypatch, main=main)
+
+
+def test_an_unknown_argument_is_named(monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        parse(monkeypatch, "--learning_rate", "1")
+    assert "unknown arguments: --learning_rate 1; --help lists them" in capsys.readouterr().err
+
+
+def test_require_raises_its_message_unless_the_condition_holds():
+    common.require([0], "no")
+    for false in (False, [], 0, None):
+        with pytest.raises(common.UserError, match="^no$"):
+            common.require(false, "no")
+
+
+def test_a_value_below_the_least_or_an_unknown_choice_is_named():
+    args = common.RunArgs(epochs=1, batch_size=0)
+    with pytest.raises(common.UserError, match="^--batch_size 0 must be at least 1$"):
+        common.check_at_least(1, args, "epochs", "batch_size")
+    with pytest.raises(common.UserError, match="unknown dataset 'cats'; choose one of: digits, cifar10$"):
+        common.check_choice("dataset", "cats", RECIPES)

@@ -19,11 +19,12 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import common
 import diagen
+from digits import judge, pretrain, world
 
-DIGITS_SD = str(common.ROOT / "digits_sd")
 NAMES = ["two", "seven", "four"]
 TOKENS = [f"<{name}>" for name in NAMES]
-LABELS = torch.tensor([common.DIGIT_NAMES.index(name) for name in NAMES])
+LABELS = torch.tensor([world.NAMES.index(name) for name in NAMES])
+GREY = 2 / 255  # two grey levels: as far as another batch size may move an image
 
 
 def generators(n, key=0):
@@ -32,14 +33,14 @@ def generators(n, key=0):
 
 @pytest.fixture(scope="module")
 def pipe():
-    """digits_sd, loaded for this module alone: its vocabulary grows."""
-    return common.load_pipeline(DIGITS_SD)
+    """The embedded Stable Diffusion, loaded for this module alone, because its vocabulary grows."""
+    return common.load_pipeline(common.DIGITS_SD)
 
 
 @pytest.fixture(scope="module")
 def few():
-    """Four images of each of three digits [12, 3, 32, 32], and their labels 0, 1, 2."""
-    r = common.render_pool(common.digit_pools()["train"], 150, seed=1)
+    """Four images of each of three digits [12, 3, 32, 32], and their labels 0, 1 and 2."""
+    r = world.render_pool(world.pools()["train"], 150, seed=1)
     chosen = torch.cat([(r["labels"] == y).nonzero()[:4, 0] for y in LABELS])
     return r["images"][chosen].permute(0, 3, 1, 2).float() / 255, torch.arange(3).repeat_interleave(4)
 
@@ -53,10 +54,9 @@ def embed(pipe, prompts):
 
 def invert(pipe, images, labels, classes, steps, **options):
     start = diagen.initial_embeddings(pipe, [NAMES[c] for c in classes], "background")
-    return diagen.textual_inversion(
-        pipe, images, labels, [TOKENS[c] for c in classes], start, steps=steps, lr=0.02,
-        templates=[diagen.PHOTO], flip=False, keys=classes, **options,
-    )  # fmt: skip
+    options = dict(lr=0.02, templates=[diagen.PHOTO], flip=False, keys=classes) | options
+    tokens = [TOKENS[c] for c in classes]
+    return diagen.textual_inversion(pipe, images, labels, tokens, start, steps=steps, **options)
 
 
 def weights(pipe):
@@ -66,12 +66,9 @@ def weights(pipe):
 
 @pytest.fixture(scope="module")
 def learned(pipe, few):
-    """The embeddings after 50 steps, the states on the way, the pipeline's weights before and after."""
-    before, states = weights(pipe), []
-    rows = invert(
-        pipe, *few, [0, 1, 2], 50, save_every=20, save=lambda state: states.append(copy.deepcopy(state))
-    )
-    return SimpleNamespace(rows=rows, states=states, before=before, after=weights(pipe))
+    """The embeddings after 50 steps, and the pipeline's weights before and after."""
+    before = weights(pipe)
+    return SimpleNamespace(rows=invert(pipe, *few, [0, 1, 2], 50), before=before, after=weights(pipe))
 
 
 def test_nothing_but_the_new_tokens_rows_changes(pipe, learned):
@@ -89,7 +86,7 @@ def test_nothing_but_the_new_tokens_rows_changes(pipe, learned):
 
 
 def test_stock_diffusers_loads_the_embedding_and_uses_it(pipe, learned, tmp_path):
-    stock = StableDiffusionPipeline.from_pretrained(DIGITS_SD)
+    stock = StableDiffusionPipeline.from_pretrained(common.DIGITS_SD)
     for row, token in zip(learned.rows, TOKENS, strict=True):
         diagen.save_embedding(row, token, tmp_path / "learned_embeds.safetensors")
         assert torch.equal(diagen.load_embedding(tmp_path / "learned_embeds.safetensors", 96), row)
@@ -103,19 +100,11 @@ def test_stock_diffusers_loads_the_embedding_and_uses_it(pipe, learned, tmp_path
 
 def test_a_class_learns_alone_what_it_learns_beside_others(pipe, few, learned):
     images, labels = few
-    alone = invert(pipe, images[labels == 1], torch.zeros(4, dtype=torch.long), [1], 20)
-    together = learned.states[0]["rows"]
-    assert torch.allclose(alone[0], together[1], atol=1e-3)
-    assert torch.cdist(together, together).fill_diagonal_(9).min() > 0.5
-
-
-@pytest.mark.parametrize("k", [1, 2])
-def test_going_on_from_a_saved_state_gives_the_same_embeddings(pipe, few, learned, tmp_path, k):
-    common.save_atomically(learned.states[k], tmp_path / "state.pt")
-    state, later = torch.load(tmp_path / "state.pt", weights_only=True), []
-    options = dict(save_every=20, save=lambda s: later.append(s["step"]))
-    rows = invert(pipe, *few, [0, 1, 2], 50, state=state, **options)
-    assert torch.equal(rows, learned.rows) and later == [20, 40, 50][k + 1 :]
+    start = diagen.initial_embeddings(pipe, ["background"])[0]
+    together = invert(pipe, images, labels, [0, 1, 2], 8)
+    alone = invert(pipe, images[labels == 1], torch.zeros(4, dtype=torch.long), [1], 8)[0]
+    assert (alone - together[1]).norm() < 0.01 * (together[1] - start).norm()
+    assert torch.cdist(learned.rows, learned.rows).fill_diagonal_(9).min() > 0.5
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
@@ -157,19 +146,16 @@ def test_the_gradient_is_that_of_the_denoising_error(pipe, few, prediction, monk
 
 
 def test_gradient_checkpointing_changes_nothing(pipe, few):
-    plain = invert(pipe, *few, [0, 1, 2], 2)
-    common.checkpoint_gradients(pipe, True)
-    assert pipe.unet.is_gradient_checkpointing and pipe.vae.is_gradient_checkpointing
-    again = invert(pipe, *few, [0, 1, 2], 2)
-    pipe.unet.disable_gradient_checkpointing()
-    pipe.vae.disable_gradient_checkpointing()
-    assert torch.allclose(plain, again, atol=1e-5)
+    less_memory = common.load_pipeline(common.DIGITS_SD, gradient_checkpointing=True)
+    assert less_memory.unet.is_gradient_checkpointing and less_memory.vae.is_gradient_checkpointing
+    plain, again = (invert(p, *few, [0, 1, 2], 2) for p in (pipe, less_memory))
+    assert torch.allclose(plain, again, atol=1e-4)
 
 
 @pytest.fixture(scope="module")
 def accuracy(pipe, learned):
     """How often the oracle reads the class in samples with its token: at the start, learned, with noise."""
-    oracle, truth = common.load_oracle(), LABELS.repeat_interleave(8)
+    oracle, truth = judge.load_oracle(), LABELS.repeat_interleave(8)
     noisy = diagen.noisy_embeddings(learned.rows, [0.0, 5.0], generators(3), relative=True)
     start = diagen.initial_embeddings(pipe, NAMES, "background")
 
@@ -197,9 +183,9 @@ def test_the_class_is_lost_with_noise_and_drifts_the_more_the_larger_sigma_is(pi
     assert distances[0] == 0 and sorted(distances) == distances and distances[1] > 0.1
 
 
-def test_a_learning_rate_that_gives_no_numbers_is_named(pipe, few):
+def test_a_learning_rate_at_which_it_diverges_is_named(pipe, few):
     with pytest.raises(common.UserError, match="--inversion_lr"):
-        diagen.textual_inversion(pipe, few[0], few[1] * 0, ["<x>"], torch.ones(1, 96), steps=3, lr=1e30)
+        invert(pipe, *few, [0, 1, 2], 3, lr=1e30)
 
 
 # --- the new tokens
@@ -281,39 +267,59 @@ def test_a_class_has_the_noise_of_its_own_generator():
 # --- img2img
 
 
-def test_a_batch_is_stock_img2img_image_by_image(pipe, few, monkeypatch):
-    monkeypatch.setattr(DiagonalGaussianDistribution, "sample", lambda self, _=None: self.mode())
+@pytest.fixture(scope="module")
+def stock(pipe):
+    """diffusers' img2img with DDIM, of the same parts."""
     stock = StableDiffusionImg2ImgPipeline(**pipe.components, requires_safety_checker=False)
-    stock.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
-    images, prompts = few[0][[0, 4, 8]], [f"a photo of a blue {name}" for name in NAMES]
-    ours = diagen.img2img(
-        pipe, common.encode(pipe, images), prompts, generators(3), steps=10, strength=0.7, guidance_scale=4.0
-    )
+    stock.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
+    stock.set_progress_bar_config(disable=True)
+    return stock
+
+
+PROMPTS = [f"a photo of a blue {name}" for name in NAMES]
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("scale", [4.0, 1.0, 0.0])
+def test_img2img_is_stock_img2img_bit_for_bit(pipe, stock, few, prediction, scale, monkeypatch):
+    """Up to a guidance scale of 1 the prompt alone counts. Latents that other schedulers clip are not."""
+    changes = dict(prediction_type=prediction, clip_sample=True)
+    monkeypatch.setattr(pipe, "scheduler", DDPMScheduler.from_config(pipe.scheduler.config, **changes))
+    changes["clip_sample"] = False
+    monkeypatch.setattr(stock, "scheduler", DDIMScheduler.from_config(pipe.scheduler.config, **changes))
+    latents, options = common.encode(pipe, few[0][[0, 4, 8]]), dict(strength=0.7, guidance_scale=scale)
+    expected = stock(
+        PROMPTS, latents, num_inference_steps=7, generator=generators(3), output_type="pt", **options
+    ).images
+    ours = diagen.img2img(pipe, latents, PROMPTS, generators(3), steps=7, **options)
+    assert torch.equal(ours, expected) and ours.std() > 0.1
+    assert isinstance(pipe.scheduler, DDPMScheduler)  # the pipeline keeps its own
+
+
+def test_a_batch_is_stock_img2img_image_by_image(pipe, stock, few, monkeypatch):
+    monkeypatch.setattr(DiagonalGaussianDistribution, "sample", lambda self, _=None: self.mode())
+    images, options = few[0][[0, 4, 8]], dict(strength=0.7, guidance_scale=4.0)
+    ours = diagen.img2img(pipe, common.encode(pipe, images), PROMPTS, generators(3), steps=10, **options)
     for i, generator in enumerate(generators(3)):
-        alone = stock(
-            prompts[i], images[i : i + 1], strength=0.7, num_inference_steps=10, guidance_scale=4.0,
-            generator=generator, output_type="pt",
-        ).images  # fmt: skip
-        assert torch.allclose(ours[i], alone[0], atol=1e-3)
-    assert isinstance(pipe.scheduler, DDPMScheduler)  # the pipeline's own
+        options |= dict(num_inference_steps=10, generator=generator, output_type="pt")
+        alone = stock(PROMPTS[i], images[i : i + 1], **options).images[0]
+        assert (ours[i] - alone).abs().max() <= GREY
 
 
 def test_with_little_strength_the_image_is_nearly_its_reconstruction(pipe, few):
     latents, prompts = common.encode(pipe, few[0][::2]), ["a photo of a red one"] * 6
-    distances = [
-        (diagen.img2img(pipe, latents, prompts, generators(6), steps=20, strength=s, guidance_scale=4.0)
-         - common.decode(pipe, latents)).abs().mean().item()
-        for s in (0.05, 0.3, 0.6, 0.9)
-    ]  # fmt: skip
+    options, distances = dict(steps=20, guidance_scale=4.0), []
+    for strength in (0.05, 0.3, 0.6, 0.9):
+        images = diagen.img2img(pipe, latents, prompts, generators(6), strength=strength, **options)
+        distances.append((images - common.decode(pipe, latents)).abs().mean().item())
     assert distances[0] < 0.03 and sorted(distances) == distances and distances[-1] > 5 * distances[0]
 
 
 def test_steps_that_leave_nothing_are_refused(pipe):
+    z = torch.zeros(1, 4, 16, 16)
     for steps, strength in ((2000, 0.7), (1000, 1.0), (4, 0.2), (10, 1.1), (10, 0.0), (0, 1.0)):
         with pytest.raises(common.UserError, match=f"--steps {steps} .*--strength {strength}"):
-            diagen.img2img(
-                pipe, torch.zeros(1, 4, 16, 16), ["a"], generators(1), steps=steps, strength=strength
-            )
+            diagen.img2img(pipe, z, ["a"], generators(1), steps=steps, strength=strength)
 
 
 # --- the synthetic images
@@ -330,27 +336,31 @@ def data(few):
     return common.Data(NAMES, test.subset(range(0, 12, 2)), test)
 
 
-def synthesize(pipe, data, out, **changes):
+def a_run(out, **changes):
+    """The arguments of a tiny run, and its folder."""
     args = diagen.resolve(diagen.Args(**TINY | changes, out=str(out)))
-    accelerator = common.make_accelerator()
-    run = common.Run(out, args, accelerator)
-    prompts = diagen.find_prompts(args, run, accelerator, data)
-    records, _ = diagen.synthesize(args, run, accelerator, pipe, data, prompts, folder := out / "synthetic")
-    synthetic, _ = diagen.weigh(args, run, accelerator, data, records, folder)
-    files = [out / "synthetic" / r["file_name"] for r in synthetic.records]
-    assert sorted(files) == sorted(out.glob("synthetic/*/*.png"))
-    return synthetic, np.stack([Image.open(f) for f in files]), [f.read_bytes() for f in files]
+    return args, common.Run(args, common.make_accelerator())
+
+
+def synthesize(pipe, data, out, **changes):
+    """The variations, weighed, their pixels and their files."""
+    args, run = a_run(out, **changes)
+    records = diagen.synthesize(args, run, pipe, data, folder := out / "synthetic")
+    synthetic = diagen.weigh(args, run, data, records, folder)
+    files = [folder / record["file_name"] for record in synthetic.records]
+    assert sorted(files) == sorted(folder.glob("*/*.png"))
+    return synthetic, np.stack([Image.open(f) for f in files]).astype(int), [f.read_bytes() for f in files]
 
 
 def test_without_noise_prompts_and_weights_it_is_da_fusion_bit_for_bit(pipe, data, tmp_path):
     baseline, pixels, files = synthesize(pipe, data, tmp_path / "baseline", method="da_fusion")
-    parts = dict(prompts="none", weighting=False)
+    parts = dict(prompts="none", weighting=False, embeddings=str(tmp_path / "baseline"))
     same, _, ours = synthesize(pipe, data, tmp_path / "same", sigmas=[0.0] * 4, **parts)
     assert len(ours) == 12 and ours == files and np.array_equal(same.weights, baseline.weights)
     assert [r["seed"] for r in same.records] == [r["seed"] for r in baseline.records]
     _, noisy, _ = synthesize(pipe, data, tmp_path / "noisy", sigmas=[0.0, 1.0], **parts)
-    changed = [not np.array_equal(a, b) for a, b in zip(noisy, pixels, strict=True)]
-    assert changed == [False, True] * 6  # the variant with noise, in turn
+    change = abs(noisy - pixels).max((1, 2, 3))
+    assert (change > 2).tolist() == [False, True] * 6  # every second variation has the noise
 
 
 def test_the_batch_size_does_not_change_an_image(pipe, data, tmp_path):
@@ -358,30 +368,69 @@ def test_the_batch_size_does_not_change_an_image(pipe, data, tmp_path):
         synthesize(pipe, data, tmp_path / f"{size}", generation_batch_size=size, method="real_guidance")[1]
         for size in (1, 8)
     ]
-    assert abs(np.subtract(*images, dtype=int)).max() <= 1 and images[0].std() > 20
+    assert abs(images[0] - images[1]).max() <= 2 and images[0].std() > 20
 
 
-def test_prompts_and_variants_take_turns_within_a_class(pipe, data, tmp_path, monkeypatch):
-    drawn = []
+def test_prompts_and_noisy_tokens_are_used_in_rotation_within_a_class(pipe, data, tmp_path, monkeypatch):
+    drawn, rows = [], torch.randn(3, 96)
+    prompts = {name: [f"a photo of a {c} {name}" for c in ("red", "blue", "green")] for name in NAMES}
 
-    def fake(pipe, latents, prompts, *_, **__):
+    def draw(pipe, latents, prompts, *_, **__):
         drawn.extend(prompts)
         return torch.zeros(len(prompts), 3, 32, 32)
 
-    monkeypatch.setattr(diagen, "img2img", fake)
-    args = diagen.resolve(diagen.Args(**TINY | {"variations": 7}))
-    here = SimpleNamespace(process_index=0, num_processes=1, wait_for_everyone=lambda: None)
-    run = common.Run(tmp_path, args, common.make_accelerator())
-    prompts = {name: [f"a photo of a {c} {name}" for c in ("red", "blue", "green")] for name in NAMES}
-    rows = torch.randn(3, 4, 96)
-    records, _ = diagen.generate(args, run, here, pipe, data, rows, prompts, tmp_path / "synthetic")
+    monkeypatch.setattr(diagen, "img2img", draw)
+    monkeypatch.setattr(diagen, "learn_tokens", lambda *_: rows)
+    monkeypatch.setattr(diagen, "find_prompts", lambda *_: prompts)
+    args, run = a_run(tmp_path, variations=7)
+    records = diagen.synthesize(args, run, pipe, data, tmp_path / "synthetic")
     assert [r["prompt"] for r in records] == drawn
     for c, name in enumerate(NAMES):
         own = [r["prompt"] for r in records if r["label"] == c]
         assert own == [f"a photo of a {('red', 'blue', 'green')[j % 3]} <{name}|{j % 4}>" for j in range(14)]
     ids = pipe.tokenizer.convert_tokens_to_ids([f"<{name}|{v}>" for name in NAMES for v in range(4)])
-    assert torch.equal(pipe.text_encoder.get_input_embeddings().weight[ids], rows.flatten(0, 1))
+    table = pipe.text_encoder.get_input_embeddings().weight[ids].view(3, 4, 96)
+    distance = (table - rows[:, None]).square().mean(2).sqrt() / rows.square().mean(1).sqrt()[:, None]
+    assert torch.allclose(distance, torch.tensor(args.sigmas), rtol=0.3) and (distance[:, 0] == 0).all()
     assert len({tuple(r["seed"]) for r in records}) == len({r["file_name"] for r in records}) == 42
+
+
+# --- learned tokens in files
+
+
+def test_a_group_of_tokens_that_was_interrupted_starts_again_and_learns_the_same(
+    pipe, data, tmp_path, monkeypatch
+):
+    args, run = a_run(tmp_path, generation_batch_size=8)  # groups of two classes
+    rows = diagen.learn_tokens(args, run, pipe, data)
+    files = {file: file.read_bytes() for file in diagen.embedding_files(tmp_path, NAMES)}
+    trained, train = [], diagen.textual_inversion
+    monkeypatch.setattr(diagen, "textual_inversion", lambda *a, **k: trained.append(a[3]) or train(*a, **k))
+    assert torch.equal(diagen.learn_tokens(args, run, pipe, data), rows) and not trained
+    [*files][1].unlink()
+    assert torch.equal(diagen.learn_tokens(args, run, pipe, data), rows) and trained == [TOKENS[:2]]
+    assert {file: file.read_bytes() for file in files} == files
+    args, run = a_run(tmp_path / "other", generation_batch_size=4)  # groups of one class
+    assert (diagen.learn_tokens(args, run, pipe, data) - rows).norm() < 0.01 * (rows - rows.mean(0)).norm()
+
+
+def test_embeddings_of_no_run_or_of_an_unfinished_one_are_refused(pipe, data, tmp_path):
+    folder = tmp_path / "tokens"
+    args, run = a_run(tmp_path / "run", embeddings=str(folder))
+    data = common.Data(NAMES, data.train, data.test, data.test)
+    for _ in range(3):
+        with pytest.raises(common.UserError, match=f"--embeddings {folder} .* lacks"):
+            diagen.check(args, run, run.accelerator, data, pipe)
+        with pytest.raises(common.UserError, match=f"--embeddings {folder} .* lacks"):
+            diagen.learn_tokens(args, run, pipe, data)
+        *_, missing = (f for f in diagen.embedding_files(folder, NAMES) if not f.exists())
+        diagen.save_embedding(torch.ones(96), "<x>", missing)
+    diagen.check(args, run, run.accelerator, data, pipe)
+    assert torch.equal(diagen.learn_tokens(args, run, pipe, data), torch.ones(3, 96))
+    diagen.save_embedding(torch.ones(95), "<x>", missing)
+    with pytest.raises(common.UserError, match=f"cannot read the embedding {missing}"):
+        diagen.check(args, run, run.accelerator, data, pipe)
+    assert len([*folder.glob("embeddings/*/*")]) == 3 and not (tmp_path / "run" / "embeddings").exists()
 
 
 # --- prompts
@@ -402,10 +451,8 @@ def test_a_prompt_has_the_papers_form(words):
         assert not rest
         seen.add(tuple(parts))
     assert len(seen) == 2 ** len(words)
-    again = np.random.default_rng(0)
-    assert diagen.write_prompt("owl", again, words) == diagen.write_prompt(
-        "owl", np.random.default_rng(0), words
-    )
+    once, again = (diagen.write_prompt("owl", np.random.default_rng(7), words) for _ in range(2))
+    assert once == again
 
 
 @pytest.mark.parametrize(
@@ -460,16 +507,32 @@ def test_prompts_are_found_in_an_answer_and_missing_ones_filled(shape):
         assert diagen.parse_answer(answer, "car", count) == (prompts + [CAR] * 5)[:count]
 
 
-def test_prompts_survive_their_file(tmp_path):
+def test_prompts_survive_their_file(tmp_path, monkeypatch):
     names = ["guinea pig", 'semi;colon "quoted"', "Ünï 猫", "crane", "crane", "plain"]
     prompts = {name: [f'a photo of a "{name}"; ü, {k}' for k in range(3)] for name in names[:-1]}
-    diagen.write_prompts(tmp_path / "prompts.csv", prompts, names)
-    assert diagen.read_prompts(tmp_path / "prompts.csv", names) == prompts | {"plain": ["a photo of a plain"]}
+    monkeypatch.setattr(diagen, "ask_llm", lambda *_: prompts)
+    args, run = a_run(tmp_path, dataset="folder", prompts="llm")
+    assert diagen.find_prompts(args, run, names) == prompts | {"plain": ["a photo of a plain"]}
+    assert (tmp_path / "prompts.csv").read_text().startswith("class_name;class_idx;prompt\nguinea pig;0;")
     (tmp_path / "prompts.csv").write_text(
         "\ufeffclass_name;class_idx;prompt\r\n\r\nplain;5;  a photo of a Plain\r\n", encoding="utf-8"
     )  # a spreadsheet's
-    read = diagen.read_prompts(tmp_path / "prompts.csv", names)
+    read = diagen.find_prompts(args, run, names)
     assert read["plain"] == ["a photo of a Plain"] and read["crane"] == ["a photo of a crane"]
+
+
+def test_prompts_of_the_authors_count_within_the_class_and_hold_a_placeholder(tmp_path):
+    lines = ["class_name;class_idx;prompt", "guinea pig;1;a photo of a {name}", "owl;1;a photo of an {name}"]
+    lines += [
+        "guinea pig;2;a photo of a wet {name} at noon",
+        "owl;2;a photo of an owl",
+        "owl;3;the {name}, {x}",
+    ]
+    (tmp_path / "authors.csv").write_text("\n".join(lines))
+    assert diagen.read_prompts(tmp_path / "authors.csv", ["owl", "guinea pig"]) == {
+        "owl": ["a photo of an owl", "a photo of an owl", "the owl, {x}"],
+        "guinea pig": ["a photo of a guinea pig", "a photo of a wet guinea pig at noon"],
+    }
 
 
 @pytest.mark.parametrize(
@@ -479,10 +542,11 @@ def test_prompts_survive_their_file(tmp_path):
         ("class_name;class_idx;prompt\n", "has no prompts"),
         ("owl;0;an owl\nowl,0,an owl", "line 2: 1 columns"),
         ("owl;0;an owl;at night", "line 1: 4 columns"),
-        ("class_name;class_idx;prompt\n\n\ndog;1;a dog", "line 4: no class 'dog' of index 1"),
-        ("owl;1;an owl", "line 1: no class 'owl' of index 1"),
+        ("class_name;class_idx;prompt\n\n\ndog;1;a dog", "line 4: .* no class 'dog'"),
         ("owl;0;an owl\nowl;0;a photo", "line 2: the prompt must contain 'owl' exactly once"),
         ("owl;0;an owl beside an owl", "line 1: the prompt must contain 'owl' exactly once"),
+        ("owl;1;an {name} beside an owl", "line 1: the prompt must contain 'owl' exactly once"),
+        ("owl;1;an {class}", "line 1: the prompt must contain 'owl' exactly once"),
         (b"owl;0;an owl \xff", "cannot read"),
     ],
 )
@@ -496,9 +560,8 @@ def test_a_bad_file_of_prompts_is_named_with_the_line(text, words, tmp_path):
 
 def test_the_word_bank_has_prompts_for_names_that_are_words_of_it(tmp_path):
     names = ["table", "forest", "A", "a", "photo", "crane", "crane"]
-    args = diagen.resolve(diagen.Args(dataset="folder", out=str(tmp_path)))
-    run = common.Run(tmp_path, args, accelerator := common.make_accelerator())
-    prompts = diagen.find_prompts(args, run, accelerator, common.Data(names, None, None))
+    args, run = a_run(tmp_path, dataset="folder", prompts_per_class=10)
+    prompts = diagen.find_prompts(args, run, names)
     assert [*prompts] == [*dict.fromkeys(names)] and len(prompts["crane"]) == args.prompts_per_class
     for name, lines in prompts.items():
         for line in lines:
@@ -572,7 +635,7 @@ def test_a_model_that_is_missing_or_does_not_chat_is_named(llm, tmp_path):
     tokenizer = PreTrainedTokenizerFast.from_pretrained(llm)
     tokenizer.chat_template = None
     tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(common.UserError, match="no chat template; take an instruct model"):
+    with pytest.raises(common.UserError, match="no chat template; give an instruct model"):
         diagen.ask_llm(str(tmp_path), ["owl"], 3)
 
 
@@ -626,15 +689,15 @@ def test_weights_are_the_papers_normalised_over_an_images_variations():
 def test_an_epoch_is_class_balanced_and_draws_variations_by_weight():
     labels, M = np.array([0] * 12 + [1] * 3 + [2] * 1), 4
     weights = np.tile([0.6, 0.3, 0.1, 0.0], (16, 1))
-    draws = diagen.draw_epoch(labels, M, weights, 30_000, 0.7, np.random.default_rng(0))
+    draws = diagen.draw_epoch(labels, M, weights, 15_000, 0.7, np.random.default_rng(0))
     synthetic = draws >= 16
     real = np.where(synthetic, (draws - 16) // M, draws)
-    assert draws.shape == (30_000,) and synthetic.mean() == pytest.approx(0.7, abs=0.01)
-    assert np.bincount(labels[real]) / 30_000 == pytest.approx([1 / 3] * 3, abs=0.01)
-    assert np.bincount(real[labels[real] == 0]) / 10_000 == pytest.approx([1 / 12] * 12, abs=0.01)
+    assert draws.shape == (15_000,) and synthetic.mean() == pytest.approx(0.7, abs=0.015)
+    assert np.bincount(labels[real]) / 15_000 == pytest.approx([1 / 3] * 3, abs=0.015)
+    assert np.bincount(real[labels[real] == 0]) / 5_000 == pytest.approx([1 / 12] * 12, abs=0.015)
     share = np.bincount((draws[synthetic] - 16) % M, minlength=M) / synthetic.sum()
-    assert share == pytest.approx([0.6, 0.3, 0.1, 0.0], abs=0.01) and share[3] == 0
-    again = diagen.draw_epoch(labels, M, weights, 30_000, 0.7, np.random.default_rng(0))
+    assert share == pytest.approx([0.6, 0.3, 0.1, 0.0], abs=0.015) and share[3] == 0
+    again = diagen.draw_epoch(labels, M, weights, 15_000, 0.7, np.random.default_rng(0))
     assert np.array_equal(again, draws)
     for probability, given in ((0.7, None), (0.0, weights)):
         assert diagen.draw_epoch(labels, M, given, 999, probability, np.random.default_rng(0)).max() < 16
@@ -660,23 +723,20 @@ def test_of_a_frozen_classifier_only_the_head_learns():
 
 
 def test_the_filter_is_trained_once_and_its_confidences_are_kept(data, tmp_path, monkeypatch):
-    trained, confidences = [], diagen.confidences
-    monkeypatch.setattr(diagen, "confidences", lambda *a: trained.append(1) or confidences(*a))
-    args = diagen.resolve(diagen.Args(variations=1, iterations=2, filter_epochs=2, out=str(tmp_path)))
-    run = common.Run(tmp_path, args, accelerator := common.make_accelerator())
+    trained, train_filter = [], diagen.train_filter
+    monkeypatch.setattr(diagen, "train_filter", lambda *a: trained.append(1) or train_filter(*a))
+    args, run = a_run(tmp_path, variations=1, iterations=2, filter_epochs=2)
     data = common.Data(NAMES, data.train, data.test, data.test)
-    records = []
-    for i, y in enumerate(data.train.labels):
-        data.train.sources[i].save(tmp_path / "synthetic" / f"{i}.png")
-        records.append({"file_name": f"{i}.png", "label": y})
-    kept = []
-    for _ in range(2):
-        _, about = diagen.weigh(args, run, accelerator, data, records, tmp_path / "synthetic")
-        kept.append(([r["confidence"] for r in records], about["filter"]))
-    assert kept[0] == kept[1] and len(trained) == 1
+    records = [{"file_name": f"{i}.png", "label": y} for i, y in enumerate(data.train.labels)]
+    (tmp_path / "synthetic").mkdir()
+    for image, record in zip(data.train.sources, records, strict=True):
+        image.save(tmp_path / "synthetic" / record["file_name"])
+    first, second = (diagen.weigh(args, run, data, records, tmp_path / "synthetic") for _ in range(2))
+    assert first.records == second.records and first.report == second.report and len(trained) == 1
+    assert all(0 < r["confidence"] < 1 == r["weight"] for r in first.records)
 
 
-def test_the_filter_knows_images_of_the_wrong_class(few, monkeypatch):
+def test_the_filter_knows_images_of_the_wrong_class(few, tmp_path, monkeypatch):
     """Three in twelve labels of the validation split are wrong: it trains until it is too sure of the others.
 
     The confidences must be those of its best epoch, calibrated.
@@ -687,26 +747,26 @@ def test_the_filter_knows_images_of_the_wrong_class(few, monkeypatch):
     wrong, labels = [(y + 1) % 3 for y in images.labels], [*images.labels]
     labels[::4] = wrong[::4]
     data = common.Data(NAMES, images, images, common.Images(images.sources, labels, plain))
-    args = diagen.resolve(diagen.Args(iterations=8, lr=0.01, augment="none"))
+    args, run = a_run(tmp_path, iterations=8, lr=0.01, augment="none")
     shown = common.Images(images.sources * 3, images.labels + wrong + labels, plain)
-    q, temperature, (logits, y) = diagen.confidences(args, common.make_accelerator(), data, shown)
-    right, wrong, val = q.split(12)
+    judged = diagen.judge_variations(args, run, data, shown)
+    (right, wrong, val), report = judged["confidence"].split(12), judged["report"]
     assert right.mean() > 0.6 and wrong.mean() < 0.25
-    assert (logits.argmax(1) == y).float().mean().item() == pytest.approx(0.75, abs=0.1)
-    nll, calibrated = (F.cross_entropy(logits / t, y).item() for t in (1, temperature))
-    assert -val.log().mean().item() == pytest.approx(calibrated, rel=1e-4)
-    assert calibrated < nll - 1e-3 and 5 < len(trained) < args.filter_epochs
+    assert report["accuracy"] == pytest.approx(0.75, abs=0.1)
+    assert -val.log().mean().item() == pytest.approx(report["nll_calibrated"], rel=1e-3)
+    assert report["nll_calibrated"] < report["nll"] - 1e-3 and 5 < len(trained) < args.filter_epochs
+    assert min(Image.open(tmp_path / "filter.png").size) >= 300
 
 
-# --- what common has for this method
+# --- what common and digits have for this method
 
 
 def test_precision_and_recall_are_torch_fidelitys():
     real, fake = torch.randn(300, 8), 0.7 * torch.randn(200, 8) + 0.4
-    ours = common.distribution_distances(real, fake)
-    theirs = prc_features_to_metric(fake, real, prc_neighborhood=3, verbose=False)
-    assert ours["precision"] == pytest.approx(theirs["precision"]) and ours["precision"] < 1
-    assert ours["recall"] == pytest.approx(theirs["recall"]) != ours["precision"]
+    ours = judge.distribution_distances(real, fake)
+    expected = prc_features_to_metric(fake, real, prc_neighborhood=3, verbose=False)
+    assert ours["precision"] == pytest.approx(expected["precision"]) and ours["precision"] < 1
+    assert ours["recall"] == pytest.approx(expected["recall"]) != ours["precision"]
 
 
 def test_the_reliability_diagram_shows_accuracy_over_confidence(tmp_path, monkeypatch):
@@ -747,14 +807,14 @@ def test_captioned_pictures_take_any_caption(tmp_path):
 
 def features(pretrained, images):
     torch.manual_seed(0)
-    model = common.build_classifier("small_cnn", common.DIGIT_NAMES, 32, pretrained=pretrained).eval()
+    model = common.build_classifier("small_cnn", world.NAMES, 32, pretrained=pretrained).eval()
     with torch.no_grad():
         return common.split_head(model)[0](images).numpy()
 
 
 def test_a_few_images_suffice_to_read_digits_off_the_pretrained_features():
-    pools = common.digit_pools()
-    train, test = (common.render_pool(pools[k], n, 3) for k, n in (("train", 300), ("test", 500)))
+    pools = world.pools()
+    train, test = (world.render_pool(pools[k], n, 3) for k, n in (("train", 300), ("test", 500)))
     drawn = common.draw_per_class(train["labels"], 4, seed=0)
     accuracy = {}
     for pretrained in (False, True):
@@ -769,11 +829,11 @@ def test_the_pretraining_sees_no_class_labels_and_what_it_writes_is_loaded(tmp_p
         rng = np.random.default_rng(seed)
         return {"images": torch.from_numpy(rng.integers(0, 256, (count, 32, 32, 3), np.uint8))}  # no labels
 
-    monkeypatch.setattr(common, "render_pool", render)
+    monkeypatch.setattr(world, "render_pool", render)
     monkeypatch.setattr(common, "ROOT", tmp_path)
-    (tmp_path / "digits_sd").mkdir()
-    common.train_backbone(tmp_path, steps=2, copies=1)
-    trained = torch.load(tmp_path / "backbone.pt", weights_only=True)
+    trained = pretrain.train_backbone(pretrain.Args(backbone_steps=2, backbone_copies=1), "cpu")
+    features = {k.removeprefix("features."): w for k, w in trained.items() if k.startswith("features.")}
+    pretrain.save_classifier(features, tmp_path / "digits" / "backbone")
     loaded = common.build_classifier("small_cnn", [*"abc"], 32, pretrained=True).features.state_dict()
     assert trained["fc.weight"].shape[0] == 898  # an output for each digit of the web pool
     for name, value in loaded.items():

@@ -1,37 +1,108 @@
-"""Another project uses the methods: README's example, run as it stands."""
+"""Another project uses the methods: README's example, and a longer one with self-training and weights."""
 
 import re
 
+import pytest
 import torch
+import torchvision
 
+import actgen
 import common
+import diagen
+import dreamda
+from digits import judge, world
 
 README = common.ROOT / "README.md"
 
 
-def test_the_example_of_the_readme_runs_and_its_images_and_weights_are_right(tmp_path, monkeypatch, digits):
-    (code,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-    (tmp_path / "digits_sd").symlink_to(common.ROOT / "digits_sd")
-    for i in range(0, 200, 10):  # two images of each of ten classes
-        folder = tmp_path / "mydata" / "train" / common.DIGIT_NAMES[digits.train.labels[i]]
-        folder.mkdir(parents=True, exist_ok=True)
-        digits.train.sources[i].save(folder / f"{i}.png")
-    monkeypatch.chdir(tmp_path)
+def share_read(images, digits_shown) -> float:
+    """The share of images in which the oracle reads the digit."""
+    _, to_tensor = common.make_transforms(32, "none")
+    shown = common.Images([common.to_pil(image) for image in images], digits_shown, to_tensor)
+    _, read = judge.read(shown, common.make_accelerator())
+    return (read == torch.as_tensor(digits_shown)).float().mean().item()
+
+
+def test_readmes_example_runs_and_each_method_draws_the_digits():
+    (code,) = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
     names = {}
     exec(compile(code, "README.md", "exec"), names)
+    for images in (names["guided"], names["varied"], names["edited"]):
+        assert images.shape == (10, 3, 32, 32) and 0 <= images.min() and images.max() <= 1
+        assert share_read(images, names["y"].tolist()) >= 0.7
 
-    assert names["names"] == sorted(common.DIGIT_NAMES) and len(names["y"]) == 20
-    assert names["u"].shape == (60, 3, 32, 32) and 0 <= names["u"].min() and names["u"].max() <= 1
-    truth = torch.tensor([common.DIGIT_NAMES.index(names["names"][y]) for y in names["seed"]])
-    shown = common.Images([common.to_pil(u) for u in names["u"]], truth, digits.test.transform)
-    _, read = common.judge_digits(shown, common.make_accelerator())
-    assert ((read == truth).view(3, 20).float().mean(1) >= 0.7).all()
-    for made, other in ((0, 1), (1, 2), (0, 2)):
-        one, two = names["u"].view(3, 20, -1)[[made, other]]
-        assert (one - two).abs().mean(1).min() > 0.01
-    assert names["weights"].shape == (20, 3)
-    assert torch.allclose(names["weights"].sum(1), torch.ones(20))
+
+@pytest.fixture
+def folder(digits, tmp_path):
+    """Two images of each of ten classes, as class folders."""
+    for i in range(0, 200, 10):
+        path = tmp_path / "mydata" / world.NAMES[digits.train.labels[i]] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        digits.train.sources[i].save(path)
+    return tmp_path / "mydata"
+
+
+def test_self_training_and_weights_work_on_images_of_all_three_methods(folder):
+    pipe = common.load_pipeline(common.DIGITS_SD)  # or any Stable Diffusion, by model id or folder
+    _, to_tensor = common.make_transforms(common.resolution(pipe), "none")
+    real = torchvision.datasets.ImageFolder(folder, to_tensor)
+    x, y, names = torch.stack([image for image, _ in real]), torch.tensor(real.targets), real.classes
+    prompts = [f"a photo of a {names[label]}" for label in y]
+    generators = [common.generator(0, i) for i in range(len(y))]
+    classifier = common.build_classifier("small_cnn", names, 32, pretrained=True)
+
+    # an image by each method for every real one, all [N, 3, H, W] in [0, 1]
+    guided = actgen.generate(pipe, x, y, names, generators=generators, guidance_scale=4).images
+    inverted = dreamda.invert(pipe, x, generators, steps=25)
+    latents = dreamda.vary(
+        pipe,
+        inverted,
+        torch.arange(len(y)),
+        prompts,
+        generators,
+        noise_scale=12,
+        relative_noise=True,
+        guidance_scale=4,
+    )
+    varied = common.decode(pipe, latents)
+    edited = diagen.img2img(pipe, common.encode(pipe, x), prompts, generators, steps=25, guidance_scale=4)
+    u, seed = torch.cat([guided, varied, edited]), y.repeat(3)
+
+    # asymmetric multi-head self-training on them
+    net = dreamda.MultiHead(classifier, heads=4)
+    optimizer = torch.optim.AdamW(net.parameters(), 1e-3)
+    for _ in range(60):
+        with torch.no_grad():
+            weak = net.eval()(u)
+        targets, labelled = dreamda.synthetic_targets("amst", weak, seed, threshold=0.6)
+        views = torch.stack([x] * 5)  # the standard one and four others; put your augmentations here
+        logits = net.train()(torch.cat([*views, u]))
+        loss = dreamda.self_training_loss(
+            logits[: 5 * len(x)].unflatten(0, (5, -1)),
+            y,
+            logits[5 * len(x) :],
+            targets,
+            labelled,
+            weak[:, 0].softmax(1),
+            net.auxiliary_weights(),
+        )
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    # DIAGen's weights: how sure a classifier is of each image, among the three of a real one
     with torch.no_grad():
-        heads = names["net"].eval()(torch.cat([names["x"], names["u"]]))
-    right = heads[:, 0].argmax(1) == torch.cat([names["y"], names["seed"]])
+        q = net.eval()(u)[:, 0].softmax(1)[torch.arange(len(u)), seed]
+    weights = diagen.weights_of(q.view(3, -1).T)  # [N, 3]
+
+    assert names == sorted(world.NAMES) and u.shape == (60, 3, 32, 32)
+    shown = [world.NAMES.index(names[label]) for label in seed]
+    for k in range(3):
+        assert share_read(u[20 * k : 20 * k + 20], shown[20 * k : 20 * k + 20]) >= 0.7
+    for k, other in ((0, 1), (1, 2), (0, 2)):
+        one, two = u.reshape(3, 20, -1)[[k, other]]
+        assert (one - two).abs().mean(1).min() > 0.01
+    assert weights.shape == (20, 3) and torch.allclose(weights.sum(1), torch.ones(20))
+    with torch.no_grad():
+        right = net.eval()(torch.cat([x, u]))[:, 0].argmax(1) == torch.cat([y, seed])
     assert right[:20].float().mean() > 0.9 and right[20:].float().mean() > 0.5

@@ -1,0 +1,201 @@
+"""Compares all methods on the same digits: the same real images, classifier, number of images and of steps.
+
+    python digits/experiments/compare.py                             4, 16, 64 images per class, five seeds
+    python digits/experiments/compare.py --per_class 16 --seeds 1    a quarter of an hour on two cores
+    python digits/experiments/compare.py --per_class 4 --images 0 40 160 640 --seeds 3   draws the figure, too
+
+Every classifier is the small CNN with the weights that digits/pretrain.py learned without labels. All of it
+learns, for about 600 steps of AdamW at a learning rate of 1e-3. A method makes --images synthetic images for
+each draw of real ones.
+
+Random text-to-image, Real Guidance, DA-Fusion, and DreamDA without AMST differ in their images alone. A step
+takes 16 real images, as the training without synthetic images does, and 32 synthetic ones. ActGen, DreamDA
+and DIAGen train as their papers say. ActGen has 40 epochs, and the batch size that makes them about 600
+steps. DIAGen draws 48 images a step, of which two in three are synthetic, and its classifier is the best of
+30 epochs on the validation split.
+
+The seconds in the table are medians. Those of generation leave out Textual Inversion, because DA-Fusion and
+DIAGen share their tokens. A run is kept in --out and never repeated, so the command goes on where it was
+stopped, and several processes can share the work, each with a --first_seed of its own. compare.json,
+compare.md and, for several numbers of images, the figure compare.png are written to --out.
+"""
+
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from transformers.hf_argparser import HfArg
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import actgen  # noqa: E402
+import common  # noqa: E402
+import diagen  # noqa: E402
+import dreamda  # noqa: E402
+from digits import judge  # noqa: E402
+
+STEPS, REAL, SYNTHETIC = 600, 16, 32  # training steps; real and synthetic images of a batch
+PLAIN = "real images alone"
+BASE = "standard augmentation"  # gains are differences to its accuracy, seed by seed
+SHARED = dict(
+    dataset="digits", classifier="small_cnn", pretrained=True, optimizer="adamw", lr=1e-3, baseline=False
+)
+
+
+@dataclass
+class Args:
+    """The numbers of images and seeds to compare the methods at."""
+
+    per_class: list[int] = HfArg(default_factory=lambda: [4, 16, 64], help="real images per class")
+    images: list[int] = HfArg(default_factory=lambda: [640], help="synthetic images, all classes together")
+    seeds: int = HfArg(default=5, help="number of seeds")
+    first_seed: int = HfArg(default=0, help="the first of the seeds")
+    out: str = HfArg(default="runs/compare", help="folder of the runs and the tables")
+
+
+def run(script, out: Path, **arguments) -> dict:
+    """The scores of the last classifier of a script's run in `out`. A finished run is read, not repeated."""
+    args = script.resolve(script.Args(**SHARED | arguments, out=str(out)))
+    return list(script.run_once(args, common.make_accelerator()).values())[-1]
+
+
+def methods(k: int, images: int, seed: int, out: Path) -> dict:
+    """Runs every method on k real images per class.
+
+    Returns, by name, (scores, folder of the synthetic images or None, seconds of generation).
+    """
+    draw = dict(seed=seed, examples_per_class=k)
+    M = max(1, images // (10 * k))  # variations of a real image
+    epochs = STEPS // math.ceil(10 * k * M / SYNTHETIC)
+    plain = draw | dict(variations=M, batch_size=REAL, eval_every=1000, epochs=epochs)
+
+    # without synthetic images
+    found = {}
+    for name, changes in {PLAIN: dict(augment="none"), BASE: {}}.items():
+        found[name] = run(dreamda, out / name, **plain, real_only=True, **changes), None, 0.0
+    if not images:
+        return found
+
+    # methods that differ in their images alone: DIAGen's script makes them, DreamDA's trains on them
+    for name, changes in {
+        "random text-to-image": dict(method="real_guidance", strength=1.0),
+        "Real Guidance": dict(method="real_guidance"),
+        "DA-Fusion": dict(method="da_fusion"),
+    }.items():
+        source = out / f"{name}, images"
+        made = run(diagen, source, **draw, variations=M, epochs=1, iterations=1, **changes)
+        scores = run(dreamda, out / name, **plain, labels="seed", synthetic=str(source))
+        found[name] = scores, source / "synthetic", made["generation"]
+
+    # ActGen: 40 epochs, of which the first half sees four fifths of the real images and, each, more variants
+    epochs, half = 40, 20
+    seen = 10 * k * (epochs - 0.2 * half) + images * (1.5 * half - 0.5)
+    options = dict(epochs=epochs, images_per_epoch=images // half, batch_size=round(seen / STEPS))
+    scores = run(actgen, out / "ActGen", **draw, **options, eval_every=1000)
+    found["ActGen"] = scores, out / "ActGen" / "synthetic", scores["generation"]
+
+    # DreamDA without and with AMST, on the same images
+    name = "DreamDA, seed labels"
+    scores = run(dreamda, out / name, **plain, labels="seed")
+    found[name] = scores, out / name / "synthetic", scores["generation"]
+    amst = run(dreamda, out / "DreamDA", **plain, synthetic=str(out / name))
+    found["DreamDA"] = amst, out / name / "synthetic", scores["generation"]
+
+    # DIAGen, with DA-Fusion's tokens
+    options = dict(variations=M, epochs=30, iterations=STEPS // 30, frozen=False)
+    options |= dict(batch_size=REAL + SYNTHETIC, synthetic_probability=SYNTHETIC / (REAL + SYNTHETIC))
+    scores = run(diagen, out / "DIAGen", **draw, **options, embeddings=str(out / "DA-Fusion, images"))
+    found["DIAGen"] = scores, out / "DIAGen" / "synthetic", scores["generation"]
+    return found
+
+
+def distances(folder: Path) -> dict[str, float]:
+    """FID, KID, precision and recall of a folder's images against the real test images; see judge."""
+    accelerator, data = common.make_accelerator(), common.load_data("digits", "", 32, "none")
+    records = common.read_records(folder, data.class_names)
+    files, labels = [folder / r["file_name"] for r in records], [r["label"] for r in records]
+    images = common.Images(files, labels, data.test.transform)
+    return judge.distances_to_test(images, data, accelerator)[0]
+
+
+def results_of(k: int, images: int, seed: int, folder: Path) -> dict[str, dict]:
+    """The numbers of a seed's runs, by method: accuracies in %, distances, seconds."""
+    results = {}
+    for name, (scores, synthetic, generation) in methods(k, images, seed, folder).items():
+        result = {split: 100 * scores[split]["top1"] for split in ("test", "test_ood")}
+        result |= {"generation": generation, "training": scores["training"]}
+        if synthetic:
+            file = folder / f"{name}, distances.json"
+            if not file.exists():
+                common.write_file(file, distances(synthetic))
+            result |= common.read_file(file)
+        results[name] = result
+    return results
+
+
+def main(args: Args) -> None:
+    out, rows = Path(args.out), {}
+    for k in args.per_class:
+        for images in args.images:
+            for seed in range(args.first_seed, args.first_seed + args.seeds):
+                folder = out / f"{k}-per-class-{images}-images-s{seed}"
+                for name, result in results_of(k, images, seed, folder).items():
+                    rows.setdefault((k, images, name), []).append(result)
+    listed = [dict(per_class=k, images=n, method=name, runs=runs) for (k, n, name), runs in rows.items()]
+    common.write_file(out / "compare.json", listed)
+    lines = [line for k in args.per_class for line in table(rows, k, max(args.images))]
+    common.write_file(out / "compare.md", "\n".join(lines) + "\n")
+    print("\n".join(lines))
+    if len(args.images) > 1:
+        draw(rows, args, out / "compare.png")
+
+
+def table(rows: dict, k: int, images: int) -> list[str]:
+    """The lines of a table with a row for each method. Its gains over BASE are paired seed by seed.
+
+    rows[k, images, method]: the results of the seeds; see results_of
+    """
+    found = {name: runs for (of, n, name), runs in rows.items() if (of, n) == (k, images)}
+    columns = "method, test, gain, test_ood, gain, FID, precision, recall, generation (s), training (s)"
+    columns = columns.split(", ")
+    lines = [f"\n{k} real images per class, {images} synthetic ones, {len(found[BASE])} seeds\n"]
+    lines += [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    for name, runs in found.items():
+        cells = [name]
+        for split in ("test", "test_ood"):
+            values, base = ([run[split] for run in found[m]] for m in (name, BASE))
+            gain = common.interval_text(np.subtract(values, base), "+") if name != BASE else ""
+            cells += [common.interval_text(values), gain]
+        for key, digits in (("fid", 1), ("precision", 2), ("recall", 2)):
+            cells.append(f"{np.mean([run[key] for run in runs]):.{digits}f}" if key in runs[0] else "")
+        cells += [f"{np.median([run[key] for run in runs]):.0f}" for key in ("generation", "training")]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def draw(rows: dict, args: Args, path: Path) -> None:
+    """Draws accuracy over the number of synthetic images: a line for each method, a panel for each split."""
+    from matplotlib.figure import Figure
+
+    k = args.per_class[-1]
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    for axes, split in zip(figure.subplots(1, 2), ("test", "test_ood"), strict=True):
+        for name in dict.fromkeys(m for of, n, m in rows if of == k and n > 0):
+            if name in (PLAIN, BASE):
+                continue
+            at = {n: r for (of, n, m), r in rows.items() if (of, m) == (k, name)}
+            if 0 in args.images:
+                at = {0: rows[k, 0, BASE]} | at
+            axes.plot([*at], [np.mean([row[split] for row in r]) for r in at.values()], "o-", label=name)
+        axes.set(xlabel=f"synthetic images, {k} real ones per class", ylabel=f"{split} accuracy (%)")
+        axes.set_xscale("symlog", linthresh=min(n for n in args.images if n))
+        axes.set_xticks(args.images, [str(n) for n in args.images])
+        axes.minorticks_off()
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right center")
+    figure.savefig(path, dpi=110)
+
+
+if __name__ == "__main__":
+    common.cli(main, Args)

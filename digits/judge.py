@@ -1,0 +1,81 @@
+"""Judges images of the digits world by an oracle: a classifier trained on the web pool.
+
+The oracle's reading of a synthetic image is the image's true label, and its features are the space in which
+synthetic images are compared with the real test images.
+"""
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+import common
+
+FOLDER = Path(__file__).resolve().parent
+KEYS, HEADS = ["labels", "colours", "settings"], [10, 6, 3]
+
+
+def load_oracle(folder: Path = FOLDER) -> common.SmallCNN:
+    """The oracle: images [B, 3, 32, 32] in [0, 1] -> logits [B, 19] of 10 digits, 6 colours, 3 settings."""
+    oracle = common.SmallCNN(sum(HEADS), width=32)
+    oracle.load_state_dict(load_file(folder / "oracle" / "model.safetensors"))
+    return oracle.float().eval().requires_grad_(False)
+
+
+def read(images: common.Images, accelerator) -> tuple[torch.Tensor, torch.Tensor]:
+    """The oracle's features [N, 128] of the images, and the digits [N] that it reads in them."""
+    oracle = load_oracle().to(accelerator.device)
+    head, oracle.fc = oracle.fc.cpu(), nn.Identity()
+    features, _ = common.predict(oracle, images, accelerator)
+    return features, head(features)[:, : HEADS[0]].argmax(1)
+
+
+def distribution_distances(real: torch.Tensor, fake: torch.Tensor, k: int = 3) -> dict[str, float]:
+    """FID, KID (unbiased polynomial MMD^2), precision and recall of features `fake` [M, D] against `real` [N,
+    D].
+
+    Precision is the share of fake features inside the real manifold, recall the share of real features inside
+    the fake one. A manifold is a union of balls, one around each point, which reach to the point's k-th
+    neighbour (Kynkaanniemi et al. 2019).
+    """
+    from torchmetrics.image.fid import FrechetInceptionDistance
+    from torchmetrics.image.kid import KernelInceptionDistance
+
+    identity = nn.Identity()
+    identity.num_features = real.shape[1]
+    size = min(len(real), len(fake), 1000)
+    fid = FrechetInceptionDistance(identity)
+    kid = KernelInceptionDistance(identity, subsets=1, subset_size=size)
+    for metric in (fid, kid):
+        metric.update(real, real=True)
+        metric.update(fake, real=False)
+
+    def inside(points, manifold):
+        # the nearest neighbour, at distance 0, is the point itself
+        radius = torch.cdist(manifold, manifold).kthvalue(k + 1, dim=1).values
+        return (torch.cdist(points, manifold) <= radius).any(1).float().mean().item()
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # KID compares random subsets
+        mean_kid = kid.compute()[0].item()
+    return {
+        "fid": fid.compute().item(),
+        "kid": mean_kid,
+        "precision": inside(fake, real),
+        "recall": inside(real, fake),
+    }
+
+
+def distances_to_test(
+    images: common.Images, data: common.Data, accelerator
+) -> tuple[dict[str, float], torch.Tensor]:
+    """Compares images with the real test images: (distances, the digits [N] that the oracle reads).
+
+    The distances are those of `distribution_distances` in the oracle's features, and "oracle": the share
+    of images in which the oracle reads their label. The images need the transform of the test split.
+    """
+    real, _ = read(data.test, accelerator)
+    fake, digits = read(images, accelerator)
+    right = (digits == torch.tensor(images.labels)).float().mean().item()
+    return distribution_distances(real, fake) | {"oracle": right}, digits

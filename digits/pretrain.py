@@ -1,0 +1,375 @@
+"""Trains the embedded Stable Diffusion and the two classifiers beside it, on the web pool of the digits.
+
+    python digits/pretrain.py                        an hour and a half on two cores
+    python digits/pretrain.py --folder mydigits      the same, but the weights in digits/ stay as they are
+
+The stages, in order:
+    render_web           the web pool: images and captions, all that the models below ever see
+    train_backbone       the pretrained weights of the small CNN, learned without class labels
+    train_oracle         the classifier that judges synthetic images
+    train_autoencoder    the VAE; its latents are then computed once, by encode_pool
+    train_unet           the U-Net and, jointly, the text encoder
+
+Every stage keeps its result in --out, and the longest one a checkpoint every --save_every steps, so the same
+command goes on where it was stopped. Only when all stages are done, the weights in --folder are replaced:
+sd/ (in diffusers' own layout), oracle/ and backbone/.
+"""
+
+import copy
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import nn
+from tqdm.auto import tqdm
+from transformers.hf_argparser import HfArg
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import common  # noqa: E402
+from digits import judge, world  # noqa: E402
+
+
+@dataclass
+class Args:
+    """The lengths of the stages, and the folders."""
+
+    folder: str = HfArg(default=str(judge.FOLDER), help="folder that the trained weights are written to")
+    out: str = HfArg(default="runs/pretrain", help="folder of the stages' results and of the checkpoint")
+    overwrite: bool = HfArg(default=False, help="start afresh if --out holds a training")
+    images: int = HfArg(default=40000, help="renders of the web pool")
+    backbone_copies: int = HfArg(default=16, help="renders of each digit for the backbone")
+    backbone_steps: int = HfArg(default=2500, help="steps of the backbone, batch 64")
+    oracle_epochs: int = HfArg(default=6, help="epochs of the oracle, batch 64")
+    vae_steps: int = HfArg(default=2500, help="steps of the autoencoder, batch 64")
+    steps: int = HfArg(default=9000, help="steps of the U-Net and the text encoder")
+    batch_size: int = HfArg(default=64, help="batch size of the U-Net")
+    lr: float = HfArg(default=1.5e-3, help="peak learning rate of the U-Net")
+    save_every: int = HfArg(default=500, help="steps of the U-Net from one checkpoint to the next")
+    seed: int = HfArg(default=0, help="seed of every random draw")
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The architecture: Stable Diffusion in miniature
+
+
+def build_tokenizer(words: list[str], max_length: int = 16):
+    """Builds a CLIPTokenizer that makes one token of each of `words`, and tokens of bytes of any other text.
+
+    max_length: the number of tokens of a padded prompt
+    """
+    from transformers import CLIPTokenizer
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    alphabet = list(bytes_to_unicode().values())
+    tokens, merges = alphabet + [c + "</w>" for c in alphabet], []
+    for word in words:
+        parts = [*word[:-1], word[-1] + "</w>"]
+        left = parts[0]
+        for right in parts[1:]:
+            if (left, right) not in merges:
+                merges.append((left, right))
+            left += right
+            if left not in tokens:
+                tokens.append(left)
+    tokens += ["<|startoftext|>", "<|endoftext|>"]
+    vocab = {token: i for i, token in enumerate(tokens)}
+    for word in words:  # an earlier word's merges may have split this one otherwise ("re" in "green")
+        pieces = CLIPTokenizer(vocab=vocab, merges=merges).tokenize(word)
+        while len(pieces) > 1:
+            merges.append((pieces[0], pieces[1]))
+            pieces = [pieces[0] + pieces[1], *pieces[2:]]
+    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=max_length)
+
+
+def build_pipeline():
+    """Builds the embedded StableDiffusionPipeline with random weights, about 3.1 million of them.
+
+    Its parts are of Stable Diffusion's own classes. Latents are [4, 16, 16], the U-Net has three levels, with
+    cross-attention at 8x8 and 4x4, and the text encoder has two layers.
+    """
+    from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    words = "a photo of on background an the in".split()
+    tokenizer = build_tokenizer([*words, *world.NAMES, *world.COLOURS, *world.SETTINGS])
+    text_encoder = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=96,
+            intermediate_size=192,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=tokenizer.model_max_length,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+    vae = AutoencoderKL(
+        sample_size=world.SIZE,
+        block_out_channels=(16, 32),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        layers_per_block=1,
+        norm_num_groups=8,
+        latent_channels=4,
+    )
+    unet = UNet2DConditionModel(
+        sample_size=world.SIZE // 2,
+        block_out_channels=(32, 64, 96),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        layers_per_block=1,
+        norm_num_groups=8,
+        cross_attention_dim=96,
+        attention_head_dim=4,  # the number of heads, by diffusers' historical naming
+    )
+    scheduler = DDPMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, steps_offset=1
+    )
+    return StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The stages
+
+
+def render_web(args: Args, tokenizer) -> dict[str, torch.Tensor]:
+    """Renders the web pool; see world.render_pool. The captions become token ids, int64 [N, 16]."""
+    print(f"rendering {args.images} images of the web pool")
+    web = world.render_pool(world.pools()["web"], args.images, seed=args.seed + 1)
+    return web | {"captions": tokenize(tokenizer, web["captions"])}
+
+
+def tokenize(tokenizer, texts: list[str]) -> torch.Tensor:
+    """The token ids of each text, padded to the tokenizer's length."""
+    return tokenizer(texts, padding="max_length", return_tensors="pt").input_ids
+
+
+def batch_of(count: int, step: int) -> torch.Tensor:
+    """The random indices [64] of a batch out of `count` images. They depend on the step alone."""
+    return torch.randint(count, (64,), generator=torch.Generator().manual_seed(step))
+
+
+def fit(
+    model: nn.Module, loss_of, title: str, steps: int, lr: float, weight_decay: float, clip: float = math.inf
+) -> dict[str, torch.Tensor]:
+    """Trains a model by AdamW with a one-cycle learning rate, and returns its weights.
+
+    loss_of(step): the loss of the batch of that step
+    clip: a longer gradient is shortened to this norm
+    """
+    optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=weight_decay)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps)
+    for step in (bar := tqdm(range(steps), title)):
+        loss = loss_of(step)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), clip)
+        optimizer.step()
+        schedule.step()
+        if step % 50 == 0:
+            bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
+    return model.state_dict()
+
+
+def train_backbone(args: Args, device) -> dict[str, torch.Tensor]:
+    """Pretrains the small CNN without class labels, and returns its weights.
+
+    It learns which of the web pool's 898 digits an image shows, whatever the colour, the setting and the
+    geometry. This is instance discrimination (Dosovitskiy et al. 2014), the stand-in for ImageNet's weights.
+    """
+    pool = world.pools()["web"]
+    web = world.render_pool(pool, args.backbone_copies * len(pool), seed=args.seed + 2)
+    images = web["images"].permute(0, 3, 1, 2).to(device)
+    torch.manual_seed(args.seed)
+    model = common.SmallCNN(len(pool)).to(device)
+
+    def loss(step):
+        i = batch_of(len(images), step)
+        digit = (i % len(pool)).to(device)  # render_pool takes the digits in turn
+        return F.cross_entropy(model(images[i].float() / 255), digit)
+
+    return fit(model, loss, "backbone", args.backbone_steps, lr=3e-3, weight_decay=0.05)
+
+
+def train_oracle(args: Args, web: dict, images: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Trains a wider small CNN to read digit, colour and setting, and returns its weights."""
+    torch.manual_seed(args.seed)
+    model = common.SmallCNN(sum(judge.HEADS), width=32).to(images.device)
+    truths = [web[key].to(images.device) for key in judge.KEYS]
+
+    def loss(step):
+        i = batch_of(len(images), step)
+        heads = model(images[i].float() / 255).split(judge.HEADS, 1)
+        return sum(F.cross_entropy(head, truth[i]) for head, truth in zip(heads, truths, strict=True))
+
+    steps = args.oracle_epochs * len(images) // 64
+    return fit(model, loss, "oracle", steps, lr=2e-3, weight_decay=0.05)
+
+
+def train_autoencoder(args: Args, vae, images: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Trains the VAE to reproduce images, its latents under a slight KL penalty, and returns its weights."""
+    torch.manual_seed(args.seed)
+
+    def loss(step):
+        x = 2 * images[batch_of(len(images), step)].float() / 255 - 1
+        posterior = vae.encode(x).latent_dist
+        y = vae.decode(posterior.sample()).sample
+        kl = (posterior.mean**2 + posterior.var - 1 - posterior.logvar).mean() / 2
+        return F.l1_loss(y, x) + F.mse_loss(y, x) + 1e-4 * kl
+
+    return fit(vae, loss, "autoencoder", args.vae_steps, lr=3e-3, weight_decay=0.0, clip=1.0)
+
+
+@torch.no_grad()
+def encode_pool(vae, images: torch.Tensor) -> torch.Tensor:
+    """The latents [N, 4, 16, 16] of all images, scaled to a standard deviation of 1.
+
+    Sets the VAE's scaling factor, as Stable Diffusion's was set.
+    """
+    parts = [vae.encode(2 * x.float() / 255 - 1).latent_dist.mode() for x in images.split(256)]
+    latents = torch.cat(parts)
+    vae.register_to_config(scaling_factor=1 / latents.std().item())
+    return latents / latents.std()
+
+
+def noise_errors(pipe, latents: torch.Tensor, captions: torch.Tensor, empty: torch.Tensor, step: int, n: int):
+    """Noises n random latents and lets the U-Net predict the noise: (mean squared errors [n], timesteps [n]).
+
+    One caption in ten is replaced by the empty one, so that classifier-free guidance works (Ho and Salimans
+    2021). The timesteps are stratified: each of n equal parts of the schedule has one.
+    """
+    device, g = latents.device, torch.Generator().manual_seed(10**6 + step)
+    trained = pipe.scheduler.config.num_train_timesteps
+    i = torch.randint(len(latents), (n,), generator=g)
+    t = ((torch.arange(n) + torch.rand(n, generator=g)) * trained / n).long().to(device)
+    noise = torch.randn(latents[i].shape, generator=g).to(device)
+    drop = (torch.rand(n, 1, generator=g) < 0.1).to(device)
+    text = pipe.text_encoder(torch.where(drop, empty, captions[i])).last_hidden_state
+    x = pipe.scheduler.add_noise(latents[i], noise, t).to(memory_format=torch.channels_last)
+    return (pipe.unet(x, t, text).sample - noise).square().mean((1, 2, 3)), t
+
+
+def train_unet(args: Args, run: common.Run, pipe, latents: torch.Tensor, captions: torch.Tensor):
+    """Trains the U-Net and the text encoder to predict noise, and returns their averaged weights.
+
+    An error is weighted by min(SNR, 5) / SNR of its timestep: min-SNR-5 for noise prediction (Hang et al.
+    2023). The learning rate warms up over 300 steps and falls linearly over the last two fifths.
+    """
+    pipe.unet.to(memory_format=torch.channels_last)  # a sixth faster on the CPU
+    model = nn.ModuleDict({"unet": pipe.unet, "text_encoder": pipe.text_encoder})
+    ema = common.averaged(model, 0.999)
+    optimizer = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=0.01)
+    alphas = pipe.scheduler.alphas_cumprod.to(latents.device)
+    weights = torch.clamp(5 * (1 - alphas) / alphas, max=1)  # SNR = alpha-bar / (1 - alpha-bar)
+
+    empty = tokenize(pipe.tokenizer, [""]).to(latents.device)
+    parts = dict(model=model, ema=ema, optimizer=optimizer)
+    for part in run.epochs("U-Net", math.ceil(args.steps / args.save_every), **parts):
+        first, total = part * args.save_every, 0.0
+        last = min(first + args.save_every, args.steps)
+        for step in (bar := tqdm(range(first, last), "U-Net", leave=False)):
+            for group in optimizer.param_groups:
+                falling = (args.steps - step) / (0.4 * args.steps)
+                group["lr"] = args.lr * min((step + 1) / 300, 1, falling)
+            errors, t = noise_errors(pipe, latents, captions, empty, step, args.batch_size)
+            optimizer.zero_grad()
+            (weights[t] * errors).mean().backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            ema.update_parameters(model)
+            total += errors.mean().item()
+            bar.set_postfix(loss=f"{total / (step - first + 1):.4f}", refresh=False)
+        run.log(loss=total / (last - first))
+        save_pipeline(pipe, ema.module, run.path / "sd")  # to look at while the training goes on
+    return ema.module
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The weights
+
+
+def save_pipeline(pipe, averaged: nn.ModuleDict, folder: Path) -> None:
+    """Writes the pipeline with the averaged U-Net and text encoder, in diffusers' layout.
+
+    All is stored as fp16 but the text encoder, because transformers computes in the type that it finds, while
+    diffusers converts to fp32.
+    """
+    half = copy.copy(pipe)
+    half.vae = copy.deepcopy(pipe.vae).half()
+    half.unet = copy.deepcopy(averaged["unet"]).to(memory_format=torch.contiguous_format).half()
+    half.text_encoder = copy.deepcopy(averaged["text_encoder"])
+    half.save_pretrained(folder)
+
+
+def save_classifier(weights: dict[str, torch.Tensor], folder: Path) -> None:
+    """Writes the weights of a classifier as fp16; whole numbers, which count batches, stay as they are."""
+    folder.mkdir(parents=True, exist_ok=True)
+    half = {key: w.half() if w.is_floating_point() else w for key, w in weights.items()}
+    save_file(half, folder / "model.safetensors")
+
+
+def save_sheet(path: Path) -> None:
+    """Draws a contact sheet of the digits world: 100 samples of the web pool, and the masks of 20 of them."""
+    web = world.render_pool(world.pools()["web"], 100, seed=0)
+    images = web["images"].permute(0, 3, 1, 2).float() / 255
+    masks = web["masks"][:, None].float().expand(-1, 3, -1, -1)
+    common.save_grid(torch.cat([images, masks[:20]]), path, columns=20, scale=2)
+
+
+def train(args: Args) -> None:
+    """Runs all stages, or those still to do, then writes the weights to args.folder."""
+    accelerator = common.make_accelerator()
+    run, device = common.Run(args, accelerator, free=("folder",)), accelerator.device
+    run.begin()
+    save_sheet(run.path / "digits.png")
+    torch.manual_seed(args.seed)
+    pipe = build_pipeline().to(device)
+
+    # the web pool
+    web = run.once("web.pt", render_web, args, pipe.tokenizer)
+    images, captions = web["images"].permute(0, 3, 1, 2).to(device), web["captions"].to(device)
+
+    # two classifiers
+    backbone = run.once("backbone.pt", train_backbone, args, device)
+    oracle = run.once("oracle.pt", train_oracle, args, web, images)
+
+    # the autoencoder, frozen from here on
+    pipe.vae.load_state_dict(run.once("vae.pt", train_autoencoder, args, pipe.vae, images))
+    pipe.vae.eval().requires_grad_(False)
+    latents = encode_pool(pipe.vae, images)
+
+    # the generator in its latents
+    averaged = train_unet(args, run, pipe, latents, captions)
+
+    folder = Path(args.folder)
+    save_pipeline(pipe, averaged, folder / "sd")
+    save_classifier(oracle, folder / "oracle")
+    features = {k.removeprefix("features."): w for k, w in backbone.items() if k.startswith("features.")}
+    save_classifier(features, folder / "backbone")
+    print(f"the trained weights are in {folder}")
+
+
+def main(args: Args) -> None:
+    lengths = "images backbone_copies backbone_steps oracle_epochs vae_steps steps batch_size save_every"
+    common.check_at_least(1, args, *lengths.split())
+    train(args)
+
+
+if __name__ == "__main__":
+    common.cli(main, Args)

@@ -1,0 +1,176 @@
+"""The digits world: handwritten digits in six colours, on crops of two photographs or on a plain ground.
+
+All of it comes from what scikit-learn ships: `load_digits` (1,797 digits of 8x8 pixels) and
+`load_sample_images` (a temple and a flower). A sample is 3x32x32 and has a label, a colour, a setting, a true
+foreground mask and a caption.
+
+Three pools share the digits. Only the embedded generator, the oracle and the backbone see the pool `web`, in
+all colours and settings, as Stable Diffusion saw the internet. The pools `train` and `test` are the
+classifier's. Each class appears in two settings in the splits `train`, `val` and `test`, and in its third
+setting in `test_ood` only, as in FOCUS.
+"""
+
+import math
+from functools import cache
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+COLOURS = {
+    "red": (225, 25, 35),
+    "yellow": (250, 220, 40),
+    "green": (40, 190, 60),
+    "blue": (40, 70, 230),
+    "white": (255, 255, 255),
+    "purple": (160, 40, 200),
+}
+SETTINGS = ["temple", "flower", "plain"]
+SIZE = 32
+PIXELS_PER_DIGIT_PIXEL = 3.3  # an 8x8 digit becomes about 26 of the 32 pixels high
+MIN_CONTRAST = 0.33  # least RGB distance, of sqrt(3), between a digit and nine tenths of its surroundings
+
+
+@cache
+def pools() -> dict[str, np.ndarray]:
+    """Three disjoint pools of indices into the 1,797 digits: web (half), train and test (a quarter each)."""
+    order = np.random.default_rng(0).permutation(1797)
+    return {"web": order[:898], "train": order[898:1347], "test": order[1347:]}
+
+
+@cache
+def sources():
+    """scikit-learn's digits [1797, 8, 8] in [0, 1], their labels [1797], and the two photographs by name."""
+    from sklearn.datasets import load_digits, load_sample_images
+
+    digits = load_digits()
+    photos = {}
+    for name, photo in zip(["temple", "flower"], load_sample_images().images, strict=True):
+        image = Image.fromarray(photo)
+        photos[name] = image.resize((image.width // 5, image.height // 5), Image.Resampling.LANCZOS)
+    return digits.images.astype(np.float32) / 16, digits.target, photos
+
+
+def draw_ink(digit: int, geometry: tuple[float, float, float, float]) -> np.ndarray:
+    """The opacity [32, 32, 1] in [0, 1] of a digit that is rotated, scaled and shifted by `geometry`."""
+    degrees, scale, right, down = geometry
+    k = 1 / (PIXELS_PER_DIGIT_PIXEL * scale)
+    cos, sin = k * math.cos(math.radians(degrees)), k * math.sin(math.radians(degrees))
+    cx, cy = SIZE / 2 + right, SIZE / 2 + down
+    affine = (cos, sin, 6 - cos * cx - sin * cy, -sin, cos, 6 + sin * cx - cos * cy)  # 8x8 padded to 12x12
+    padded = Image.fromarray(np.pad(sources()[0][digit], 2))
+    ink = padded.transform((SIZE, SIZE), Image.Transform.AFFINE, affine, Image.Resampling.BICUBIC)
+    return np.clip((np.asarray(ink) - 0.3) / 0.3, 0, 1)[..., None]
+
+
+def draw_background(setting: str, rng: np.random.Generator) -> np.ndarray:
+    """A random plain colour or a random crop of a photograph, [32, 32, 3] in [0, 1]."""
+    if setting == "plain":
+        value = rng.uniform(0, 1, 3)
+        return np.full((SIZE, SIZE, 3), 0.5 * value + 0.5 * value.mean(), np.float32)
+    photo = sources()[2][setting]
+    side = rng.uniform(0.45, 0.95) * photo.height
+    x, y = rng.uniform(0, photo.width - side), rng.uniform(0, photo.height - side)
+    crop = photo.resize((SIZE, SIZE), Image.Resampling.BILINEAR, (x, y, x + side, y + side))
+    background = np.asarray(crop, np.float32) / 255
+    return background[:, ::-1] if rng.random() < 0.5 else background
+
+
+def render(digit: int, colour: str, setting: str, geometry: tuple[float, float, float, float], seed: int):
+    """Draws one sample. The result depends on the arguments alone: the same arguments give the same bytes.
+
+    digit: index in scikit-learn's load_digits, 0 to 1796
+    colour: a key of COLOURS; setting: one of SETTINGS
+    geometry: rotation in degrees, scale, and shifts to the right and down in pixels
+    seed: of the crop, or of the plain colour
+
+    A background too close to the digit's colour is drawn again, so that every sample is legible.
+    Returns the image, uint8 [32, 32, 3], and the true foreground mask, bool [32, 32].
+    """
+    rng = np.random.default_rng(seed)
+    alpha = draw_ink(digit, geometry)
+    near = F.max_pool2d(torch.from_numpy(alpha[None, ..., 0]), 5, 1, 2)[0].numpy()
+    ring = (near > 0.5) & (alpha[..., 0] < 0.2)  # the digit's surroundings
+
+    tint = np.array(COLOURS[colour], np.float32) / 255
+    best, background = -1.0, None
+    for _ in range(40):
+        candidate = draw_background(setting, rng)
+        distance = np.linalg.norm(candidate[ring] - tint, axis=-1) / math.sqrt(3)
+        contrast = float(np.quantile(distance, 0.1))
+        if contrast > best:
+            best, background = contrast, candidate
+        if contrast >= MIN_CONTRAST:
+            break
+    image = alpha * tint + (1 - alpha) * background
+    return np.round(255 * image).astype(np.uint8), alpha[..., 0] > 0.5
+
+
+def draw_geometry(rng: np.random.Generator) -> tuple[float, float, float, float]:
+    """A slight random rotation (degrees), scale, and two shifts (pixels)."""
+    return rng.uniform(-10, 10), rng.uniform(0.9, 1.08), rng.uniform(-2, 2), rng.uniform(-2, 2)
+
+
+def caption(label: int, colour: str | None = None, setting: str | None = None) -> str:
+    """A caption such as "a photo of a red seven on a flower background"; colour and setting are optional."""
+    return (
+        f"a photo of a {colour + ' ' if colour else ''}{NAMES[label]}"
+        f"{f' on a {setting} background' if setting else ''}"
+    )
+
+
+def uncommon_setting(label: int) -> str:
+    """The one setting in which a class is never seen in the splits train, val and test."""
+    return SETTINGS[label % 3]
+
+
+def render_pool(indices: np.ndarray, count: int, seed: int, settings: str = "all") -> dict:
+    """Renders `count` samples, taking the digits `indices` in turn.
+
+    settings: "all", "common" (the class's two settings) or "uncommon" (its third).
+    Returns images, uint8 [N, 32, 32, 3]; masks, bool [N, 32, 32]; labels, colours and settings, int64 [N];
+    and captions, a list of N strings.
+    """
+    targets = sources()[1]
+    out = {"images": [], "masks": [], "labels": [], "colours": [], "settings": [], "captions": []}
+    for i in range(count):
+        rng = np.random.default_rng([seed, i])
+        index = int(indices[i % len(indices)])
+        label = int(targets[index])
+        allowed = {
+            "all": SETTINGS,
+            "common": [s for s in SETTINGS if s != uncommon_setting(label)],
+            "uncommon": [uncommon_setting(label)],
+        }[settings]
+        colour, setting = list(COLOURS)[rng.integers(6)], allowed[rng.integers(len(allowed))]
+        image, mask = render(index, colour, setting, draw_geometry(rng), int(rng.integers(2**32)))
+        out["images"].append(image)
+        out["masks"].append(mask)
+        out["labels"].append(label)
+        out["colours"].append(list(COLOURS).index(colour))
+        out["settings"].append(SETTINGS.index(setting))
+        named_colour, named_setting = rng.random() < 0.5, rng.random() < 0.5
+        out["captions"].append(
+            caption(label, colour if named_colour else None, setting if named_setting else None)
+        )
+    arrays = {k: np.stack(v) if k in ("images", "masks") else np.array(v) for k, v in out.items()}
+    return {k: v.tolist() if k == "captions" else torch.from_numpy(v) for k, v in arrays.items()}
+
+
+@cache
+def splits() -> dict[str, tuple[list[Image.Image], list[int]]]:
+    """The images and labels of train, val, test and test_ood. No digit is in two of train, val and test."""
+    parts = {  # name: (digits, number of samples, settings)
+        "train": (pools()["train"][:300], 1200, "common"),
+        "val": (pools()["train"][300:], 596, "common"),
+        "test": (pools()["test"], 1800, "common"),
+        "test_ood": (pools()["test"], 1800, "uncommon"),
+    }
+    rendered = {}
+    for i, (name, (digits, count, settings)) in enumerate(parts.items()):
+        samples = render_pool(digits, count, 100 + i, settings)
+        images = [Image.fromarray(image) for image in samples["images"].numpy()]
+        rendered[name] = (images, samples["labels"].tolist())
+    return rendered

@@ -1,0 +1,478 @@
+"""The digits world, its judge, the embedded generator, its training, and the comparison of all methods.
+
+pytest -s tests/test_digits.py          prints what it measures of the generator
+"""
+
+import gc
+import importlib
+import itertools
+import math
+import re
+
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+from diffusers import StableDiffusionPipeline
+from scipy import linalg, ndimage
+from sklearn import metrics, neighbors
+from sklearn.datasets import load_digits
+from sklearn.linear_model import LogisticRegression
+
+import actgen
+import common
+import diagen
+import dreamda
+from digits import judge, pretrain, world
+from digits.experiments import compare
+
+# ----------------------------------------------------------------------------------------------------------
+# The world
+
+
+@pytest.fixture(scope="module")
+def drawn():
+    """300 samples of the train pool, in all, the common and the uncommon settings."""
+    train = world.pools()["train"]
+    return {s: world.render_pool(train, 300, 7, s) for s in ("all", "common", "uncommon")}
+
+
+def test_same_seed_renders_the_same_bytes():
+    arguments = (3, "red", "flower", (5.0, 1.0, 1.0, -1.0))
+    image, mask = world.render(*arguments, seed=4)
+    world.sources.cache_clear()
+    again, mask_again = world.render(*arguments, seed=4)
+    assert image.tobytes() == again.tobytes() and mask.tobytes() == mask_again.tobytes()
+    assert image.tobytes() != world.render(*arguments, seed=5)[0].tobytes()
+
+
+def test_the_pools_are_disjoint_and_cover_all_digits():
+    assert sorted(np.concatenate(list(world.pools().values()))) == list(range(1797))
+
+
+@pytest.mark.parametrize("setting", world.SETTINGS)
+def test_the_mask_is_where_the_colour_covers_more_than_half(setting):
+    compared = 0
+    for seed in range(10):
+        geometry = world.draw_geometry(np.random.default_rng(seed))
+        samples = [(world.render(seed, c, setting, geometry, seed), v) for c, v in world.COLOURS.items()]
+        for ((a, mask), tint_a), ((b, _), tint_b) in itertools.combinations(samples, 2):
+            if (a[0] == b[0]).all():  # the same background: the images differ by the digit's colour alone
+                difference = np.subtract(tint_a, tint_b)
+                share = (a.astype(float) - b) @ difference / (difference @ difference)
+                assert ((share > 0.5) == mask)[abs(share - 0.5) > 0.02].all()
+                compared += 1
+    assert compared >= 20
+
+
+def test_every_sample_is_legible(drawn):
+    contrasts, tints = [], np.array([*world.COLOURS.values()])
+    images, masks, colours = (drawn["all"][k].numpy() for k in ("images", "masks", "colours"))
+    for image, mask, tint in zip(images, masks, tints[colours], strict=True):
+        inner, outer = (ndimage.binary_dilation(mask, np.ones((k, k))) for k in (5, 7))
+        distance = np.linalg.norm(image[outer & ~inner] - tint, axis=1) / (255 * math.sqrt(3))
+        contrasts.append(np.quantile(distance, 0.1))  # 1: black on white
+    assert min(contrasts) > 0.1 and np.quantile(contrasts, 0.05) > 0.25
+
+
+def test_captions_colours_settings_and_labels_tell_what_is_drawn(drawn):
+    samples, targets, forms = drawn["all"], load_digits().target[world.pools()["train"]], set()
+    for i, caption in enumerate(samples["captions"]):
+        label, colour, setting = (int(samples[k][i]) for k in ("labels", "colours", "settings"))
+        (name, tint), setting = [*world.COLOURS.items()][colour], world.SETTINGS[setting]
+        parts = re.fullmatch(r"a photo of a (?:(\w+) )?(\w+)(?: on a (\w+) background)?", caption).groups()
+        assert label == targets[i] and parts[1] == world.NAMES[label]
+        assert parts[0] in (None, name) and parts[2] in (None, setting)
+        forms.add((parts[0] is None, parts[2] is None))
+        image, mask = samples["images"][i].numpy(), samples["masks"][i].numpy()
+        assert (abs(image[mask] - np.array(tint)) <= 1).all(1).any()
+        outside = image[~ndimage.binary_dilation(mask, np.ones((5, 5)))]
+        assert (np.ptp(outside, axis=0).max() == 0) == (setting == "plain")
+    assert len(forms) == 4
+
+
+def test_a_class_has_two_common_settings_and_a_third_uncommon_one(drawn):
+    common_ones, uncommon = (
+        set(zip(drawn[k]["labels"].tolist(), drawn[k]["settings"].tolist(), strict=True))
+        for k in ("common", "uncommon")
+    )
+    assert common_ones | uncommon == {(y, s) for y in range(10) for s in range(3)}
+    assert not common_ones & uncommon and len(uncommon) == 10
+
+
+def test_only_test_ood_is_uncommon_and_no_digit_is_in_two_splits(monkeypatch):
+    calls = []
+
+    def record(indices, count, seed, settings):
+        calls.append((set(indices.tolist()), settings))
+        return {"images": torch.zeros(0, 32, 32, 3, dtype=torch.uint8), "labels": torch.zeros(0)}
+
+    monkeypatch.setattr(world, "render_pool", record)
+    assert list(world.splits.__wrapped__()) == ["train", "val", "test", "test_ood"]
+    (train, a), (val, b), (test, c), (ood, d) = calls
+    assert (a, b, c, d) == ("common", "common", "common", "uncommon") and ood == test
+    assert not train & val and not (train | val) & test
+    assert not (train | val | test) & set(world.pools()["web"].tolist())
+
+
+def test_a_few_shot_draw_has_k_per_class_and_reproduces_with_its_seed():
+    def draw(seed):
+        train = common.load_data("digits", "", 32, "digits", per_class=3, seed=seed).train
+        assert np.bincount(train.labels).tolist() == [3] * 10
+        return [image.tobytes() for image in train.sources]
+
+    assert draw(1) == draw(1) != draw(2)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The judge
+
+
+def test_distances_equal_their_formulas():
+    real, fake = torch.randn(300, 6), 0.8 * torch.randn(300, 6) + torch.tensor([1.0, 0, 0, 0, 0, 0.5])
+    ours, x, y = judge.distribution_distances(real, fake), real.double().numpy(), fake.double().numpy()
+    cx, cy = np.cov(x.T), np.cov(y.T)
+    fid = ((x.mean(0) - y.mean(0)) ** 2).sum() + np.trace(cx + cy - 2 * linalg.sqrtm(cx @ cy).real)
+    assert ours["fid"] == pytest.approx(fid, rel=1e-4)
+    xx, yy, xy = ((a @ b.T / 6 + 1) ** 3 for a, b in ((x, x), (y, y), (x, y)))
+    kid = sum((k.sum() - np.trace(k)) / (300 * 299) for k in (xx, yy)) - 2 * xy.mean()
+    assert ours["kid"] == pytest.approx(kid, rel=1e-3) and ours["kid"] > 0
+
+    def covered(points, manifold):  # inside a ball that reaches to its centre's third neighbour
+        radius = neighbors.NearestNeighbors(n_neighbors=3).fit(manifold).kneighbors()[0][:, -1]
+        return np.mean((metrics.pairwise_distances(points, manifold) <= radius).any(1))
+
+    assert ours["precision"] == pytest.approx(covered(y, x)) and 0 < ours["precision"] < 1
+    assert ours["recall"] == pytest.approx(covered(x, y)) != ours["precision"]
+
+
+def test_identical_sets_have_no_distance_and_far_sets_nothing_in_common():
+    features = torch.randn(200, 6)
+    same, far = (judge.distribution_distances(features, features + shift) for shift in (0, 100))
+    assert abs(same["fid"]) < 1e-3 and same["kid"] < 1e-3 and same["precision"] == same["recall"] == 1
+    assert far["fid"] == pytest.approx(6 * 100**2, rel=1e-3) and far["precision"] == far["recall"] == 0
+
+
+def test_the_random_draws_of_a_distance_leave_the_callers_generator_alone():
+    features, before = torch.randn(50, 3), torch.get_rng_state()
+    judge.distribution_distances(features, features + 1)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.fixture(scope="module")
+def oracle():
+    return judge.load_oracle()
+
+
+@pytest.fixture(scope="module")
+def real():
+    """Held-out digits, of the train and test pools, in all colours and settings."""
+    pools = world.pools()
+    return world.render_pool(np.concatenate([pools["train"], pools["test"]]), 899, seed=2)
+
+
+def as_float(images):
+    return images.permute(0, 3, 1, 2).float() / 255
+
+
+def answers(oracle, images):
+    """The digit, the colour and the setting that the oracle reads in each image."""
+    return [logits.argmax(1) for logits in oracle(images).split(judge.HEADS, 1)]
+
+
+def share(x, y):
+    return (x == y).float().mean().item()
+
+
+def test_the_oracle_names_held_out_real_samples(oracle, real):
+    right = [
+        share(a, real[key])
+        for a, key in zip(answers(oracle, as_float(real["images"])), judge.KEYS, strict=True)
+    ]
+    print("\noracle on held-out real samples: digit {:.3f}, colour {:.3f}, setting {:.3f}".format(*right))
+    assert min(right) >= 0.97
+
+
+def test_the_oracles_reading_is_that_of_the_whole_network(oracle, real):
+    labels = real["labels"][:70]
+    pictures = common.Images([common.to_pil(x) for x in as_float(real["images"][:70])], labels)
+    pictures.transform = common.make_transforms(32, "none")[1]
+    features, digits = judge.read(pictures, common.make_accelerator())
+    assert features.shape == (70, 128) and torch.equal(
+        digits, answers(oracle, as_float(real["images"][:70]))[0]
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The embedded generator, judged by the oracle
+
+GUIDANCE, STEPS = 4.0, 20
+
+
+def sample(pipe, prompts, seed):
+    parts = []
+    for i in range(0, len(prompts), 20):
+        some = prompts[i : i + 20]
+        generators = [common.generator(seed, j) for j in range(i, i + len(some))]
+        options = {"guidance_scale": GUIDANCE, "num_inference_steps": STEPS, "output_type": "pt"}
+        parts.append(pipe(some, generator=generators, **options).images)
+    return torch.cat(parts)
+
+
+def test_class_prompts_draw_the_digit(pipe, oracle, real):
+    labels = torch.arange(200) % 10
+    images = sample(pipe, [world.caption(y) for y in labels], seed=3)
+    right = share(answers(oracle, images)[0], labels)
+    features = [oracle.features(2 * x - 1) for x in (as_float(real["images"]), images)]
+    distances = judge.distribution_distances(*features)
+    halves = judge.distribution_distances(features[0][:450], features[0][450:])
+    print(f"\nclass prompts: {right:.3f} right;", {k: round(v, 3) for k, v in distances.items()})
+    print("two halves of the real samples:", {k: round(v, 3) for k, v in halves.items()})
+    assert right >= 0.95
+    assert distances["fid"] < 12 and distances["precision"] > 0.8 and distances["recall"] > 0.8
+
+
+def test_colour_and_setting_words_are_obeyed(pipe, oracle):
+    n, colours = 120, list(world.COLOURS)
+    wanted = [torch.arange(n) % 10, torch.arange(n) // 10 % 6, torch.arange(n) // 40]
+    prompts = [world.caption(y, colours[c], world.SETTINGS[s]) for y, c, s in zip(*wanted, strict=True)]
+    read = answers(oracle, sample(pipe, prompts, seed=4))
+    obeyed = [share(a, b) for a, b in zip(read, wanted, strict=True)]
+    print("\nfull prompts: digit {:.3f}, colour {:.3f}, setting {:.3f} right".format(*obeyed))
+    assert min(obeyed) >= 0.95
+
+
+def test_stock_diffusers_loads_the_generator_and_it_is_small():
+    stock = StableDiffusionPipeline.from_pretrained(common.DIGITS_SD)
+    stock.set_progress_bar_config(disable=True)
+    image = stock("a photo of a red seven on a flower background", num_inference_steps=2).images[0]
+    assert image.size == (32, 32)
+    folders = [judge.FOLDER / name for name in ("sd", "oracle", "backbone")]
+    assert sum(f.stat().st_size for folder in folders for f in folder.rglob("*") if f.is_file()) < 8e6
+
+
+def test_the_autoencoder_keeps_the_image(pipe, real):
+    images = as_float(real["images"][:64])
+    error = (common.decode(pipe, common.encode(pipe, images)) - images).square().mean().item()
+    assert -10 * math.log10(error) > 28  # dB
+
+
+def test_a_given_word_is_one_token_and_other_text_survives():
+    words = ["a", "photo", "of", "on", "background", *world.NAMES, *world.COLOURS, *world.SETTINGS]
+    text = 'A "quick" brown_fox, #7 (50 %) ~ it\'s {x|y} <z> \\ /usr/bin & a+b=c; ^_^ `ok`? @home $5!'
+    for known in (words, ["even", "seven", "eleven", "ven"]):
+        tokenizer = pretrain.build_tokenizer(known)
+        assert {w: len(tokenizer.tokenize(w)) for w in known} == dict.fromkeys(known, 1)
+        decoded = tokenizer.decode(tokenizer(text).input_ids, skip_special_tokens=True)
+        assert decoded.replace(" ", "") == text.lower().replace(" ", "")
+
+
+def test_every_caption_fits_into_the_prompt(pipe, drawn):
+    longest = world.caption(7, "purple", "flower")
+    ids = pipe.tokenizer([longest, *drawn["all"]["captions"]]).input_ids
+    assert max(map(len, ids)) <= pipe.tokenizer.model_max_length
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The backbone
+
+
+def features_of(pretrained, images):
+    torch.manual_seed(0)
+    model = common.build_classifier("small_cnn", world.NAMES, 32, pretrained=pretrained).eval()
+    with torch.no_grad():
+        return common.split_head(model)[0](images).numpy()
+
+
+def test_a_few_images_suffice_to_read_digits_off_the_pretrained_features():
+    pools = world.pools()
+    train, test = (world.render_pool(pools[k], n, 3) for k, n in (("train", 300), ("test", 500)))
+    few = common.draw_per_class(train["labels"], 4, seed=0)
+    accuracy = {}
+    for pretrained in (False, True):
+        x, y = (features_of(pretrained, as_float(r["images"])) for r in (train, test))
+        probe = LogisticRegression(max_iter=2000).fit(x[few], train["labels"][few])
+        accuracy[pretrained] = probe.score(y, test["labels"])
+    assert accuracy[True] > 0.6 and accuracy[True] > accuracy[False] + 0.2
+
+
+def test_the_backbone_learns_from_the_web_pool_without_class_labels(monkeypatch):
+    def render(indices, count, seed):
+        assert set(indices) == set(world.pools()["web"])
+        rng = np.random.default_rng(seed)
+        return {"images": torch.from_numpy(rng.integers(0, 256, (count, 32, 32, 3), np.uint8))}  # no labels
+
+    monkeypatch.setattr(world, "render_pool", render)
+    args = pretrain.Args(backbone_copies=1, backbone_steps=2)
+    weights = pretrain.train_backbone(args, torch.device("cpu"))
+    assert weights["fc.weight"].shape[0] == 898  # an output for each digit of the web pool
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The training
+
+TINY = dict(
+    images=64, backbone_copies=2, backbone_steps=3, oracle_epochs=2, vae_steps=3, steps=5, save_every=2
+)
+
+
+def train(folder, **changes):
+    """A tiny training that writes to `folder`; its --out is beside it."""
+    options = TINY | dict(batch_size=4, folder=str(folder), out=f"{folder}-out") | changes
+    pretrain.main(pretrain.Args(**options))
+
+
+def files_of(folder):
+    return {str(f.relative_to(folder)): f.read_bytes() for f in folder.rglob("*") if f.is_file()}
+
+
+class Killed(Exception):
+    pass
+
+
+def kill_at(monkeypatch, name, n, folder):
+    """Trains until the n-th call of pretrain.name, which raises."""
+    function, calls = getattr(pretrain, name), itertools.count(1)
+
+    def dying(*args, **kwargs):
+        if next(calls) == n:
+            raise Killed
+        return function(*args, **kwargs)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(pretrain, name, dying)
+        train(folder)
+    gc.collect()  # the folder stays locked while the exception's frames live
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The folder of a tiny training that nothing interrupts, on 32 digits."""
+    few = {name: pool[:32] for name, pool in world.pools().items()}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(world, "pools", lambda: few)
+        folder = tmp_path_factory.mktemp("trained") / "digits"
+        train(folder)
+        yield folder
+
+
+def test_a_training_killed_in_every_stage_ends_in_the_same_weights(trained, tmp_path, monkeypatch):
+    folder = tmp_path / "digits"
+    kill_at(monkeypatch, "batch_of", 2, folder)  # in the backbone
+    kill_at(monkeypatch, "train_oracle", 1, folder)
+    kill_at(monkeypatch, "batch_of", 4, folder)  # in the autoencoder: the oracle takes two calls
+    kill_at(monkeypatch, "noise_errors", 4, folder)  # in the second part of the U-Net's training
+    kill_at(monkeypatch, "save_pipeline", 1, folder)  # before the second checkpoint
+    assert not folder.exists()
+    kill_at(monkeypatch, "save_classifier", 2, folder)  # in the midst of the final writing
+    train(folder)
+    assert files_of(folder) == files_of(trained)
+
+
+def test_the_trained_folder_loads_in_stock_diffusers_and_as_classifiers(trained):
+    stock = StableDiffusionPipeline.from_pretrained(trained / "sd")
+    stock.set_progress_bar_config(disable=True)
+    images = stock(["a photo of a seven"] * 2, num_inference_steps=2, output_type="pt").images
+    assert images.shape == (2, 3, 32, 32)
+    latents = common.encode(stock, as_float(world.render_pool(world.pools()["web"], 64, seed=1)["images"]))
+    assert latents.std().item() == pytest.approx(1, abs=0.01)  # by the scaling factor
+    assert judge.load_oracle(trained)(images).shape == (2, 19)
+    backbone = common.load_file(trained / "backbone" / "model.safetensors")
+    common.SmallCNN(10).features.load_state_dict(backbone)
+    embedded = {
+        str(f.relative_to(judge.FOLDER))
+        for n in ("sd", "oracle", "backbone")
+        for f in (judge.FOLDER / n).rglob("*.*")
+    }
+    assert set(files_of(trained)) == embedded
+
+
+def test_a_training_with_other_lengths_is_refused(trained):
+    gc.collect()
+    before = files_of(trained)
+    with pytest.raises(common.UserError, match="--vae_steps 3, this one has --vae_steps 4"):
+        train(trained, vae_steps=4)
+    assert files_of(trained) == before
+
+
+def test_the_timesteps_of_a_batch_are_spread_over_the_schedule_and_a_tenth_of_the_captions_is_dropped(pipe):
+    texts, encode = [], pipe.text_encoder.forward
+    latents, captions, empty = torch.randn(8, 4, 16, 16), torch.full((8, 16), 5), torch.full((1, 16), 6)
+
+    def listen(ids, **options):
+        texts.append(ids)
+        return encode(ids, **options)
+
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr(pipe.text_encoder, "forward", listen)
+        for step in range(10):
+            errors, t = pretrain.noise_errors(pipe, latents, captions, empty, step, 50)
+            assert errors.shape == (50,) and (t // 20).tolist() == list(range(50))
+    assert 0.06 < (torch.cat(texts)[:, 1] == 6).float().mean() < 0.14
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The experiments
+
+
+@pytest.mark.parametrize("name", ["attention_masks", "noise_sweep", "pictures", "sigma_sweep"])
+def test_an_experiment_can_be_imported(name):
+    assert importlib.import_module(f"digits.experiments.{name}").main
+
+
+def test_a_gain_is_paired_with_standard_augmentation_seed_by_seed():
+    rng, rows = np.random.default_rng(0), {}
+    for k, n, name in ((4, 640, compare.BASE), (4, 640, "ActGen"), (16, 640, "ActGen"), (4, 40, "ActGen")):
+        runs = [dict(test=a, test_ood=b, generation=c, training=d) for a, b, c, d in 100 * rng.random((5, 4))]
+        if name != compare.BASE:
+            for run, (x, y, z) in zip(runs, rng.random((5, 3)), strict=True):
+                run |= dict(fid=x, precision=y, recall=z)
+        rows[k, n, name] = runs
+    title, header, _, base, of_actgen = compare.table(rows, 4, 640)
+    assert "4 real images per class, 640 synthetic ones, 5 seeds" in title
+    columns = [cell.strip() for cell in header.split("|")[1:-1]]
+    base, of_actgen = ([cell.strip() for cell in line.split("|")[1:-1]] for line in (base, of_actgen))
+    assert len(columns) == len(base) == len(of_actgen)
+    assert (base[0], of_actgen[0]) == (compare.BASE, "ActGen")
+    assert base[2] == base[4] == base[5] == ""
+    for column, split in ((1, "test"), (3, "test_ood")):
+        assert columns[column : column + 2] == [split, "gain"]
+        ours, theirs = ([run[split] for run in rows[4, 640, name]] for name in ("ActGen", compare.BASE))
+        paired = scipy.stats.ttest_rel(ours, theirs).confidence_interval(0.95)
+        gain = f"{np.subtract(ours, theirs).mean():+.1f} ± {(paired.high - paired.low) / 2:.1f}"
+        assert of_actgen[column].split(" ± ")[0] == f"{np.mean(ours):.1f}" and of_actgen[column + 1] == gain
+    runs = rows[4, 640, "ActGen"]
+    assert of_actgen[5:8] == [
+        f"{np.mean([r['fid'] for r in runs]):.1f}",
+        *(f"{np.mean([r[key] for r in runs]):.2f}" for key in ("precision", "recall")),
+    ]
+    assert of_actgen[8:] == [f"{np.median([r[key] for r in runs]):.0f}" for key in ("generation", "training")]
+
+
+@pytest.mark.parametrize("k, images", [(4, 640), (16, 640), (64, 640), (4, 40)])
+def test_every_method_trains_for_about_600_steps_on_as_many_images(k, images, tmp_path, monkeypatch):
+    runs, real = {}, 10 * k
+
+    def record(args, accelerator):
+        runs[args.out.removeprefix(f"{tmp_path}/")] = args
+        return {"the classifier": {"generation": 1.0, "training": 1.0}}
+
+    for script in (actgen, diagen, dreamda):
+        monkeypatch.setattr(script, "run_once", record)
+    names = list(compare.methods(k, images, 0, tmp_path))
+    assert len(names) == 9 and names[:2] == [compare.PLAIN, compare.BASE]
+    assert all((args.examples_per_class, args.seed) == (k, 0) for args in runs.values())
+    for name in names:
+        args = runs[name]
+        if name == "ActGen":
+            half = args.epochs // 2
+            seen = [real * (1 - args.genval_share) + args.images_per_epoch * e for e in range(half)]
+            seen += [real + args.images_per_epoch * half] * half
+            steps, made = sum(math.ceil(n / args.batch_size) for n in seen), args.images_per_epoch * half
+        elif name == "DIAGen":
+            steps, made = args.epochs * args.iterations, real * args.variations
+        else:
+            made = real * args.variations
+            steps = args.epochs * math.ceil(made / (args.batch_size * args.synthetic_ratio))
+        assert made == pytest.approx(images, abs=real - 1)
+        assert steps == pytest.approx(600, rel=0.11), name
