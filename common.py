@@ -817,7 +817,9 @@ class Run:
 
     def _empty(self) -> None:
         if (self.path / "config.json").exists():  # else it is no run's folder
-            for old in self.path.iterdir():
+            for old in sorted(
+                self.path.iterdir(), key=lambda old: old.name == "config.json"
+            ):  # it is the last
                 if old.name != ".lock":
                     shutil.rmtree(old) if old.is_dir() else old.unlink()
 
@@ -838,7 +840,7 @@ class Run:
         return result
 
     def begin(self) -> None:
-        """Writes config.json. Call it when every check is passed: mistakes before leave nothing behind."""
+        """Writes config.json, after every check: a run that ends before it may be given other arguments."""
         if self.main and not (self.path / "config.json").exists():
             self.write("config.json", {"args": self.config, "versions": versions()})
         self.wait()
@@ -891,11 +893,10 @@ class Run:
         of metrics.jsonl. seconds[title] counts the time, without that of `missing`.
         """
         parts = {key: part for key, part in parts.items() if part is not None}
-        state = read_file(self.path / f"{slug(title)}.pt", {"log": []})
-        for key, part in parts.items():
-            if key in state:
-                part.load_state_dict(state[key])
-        log = self.logs[title] = state["log"]
+        state = read_file(self.path / f"{slug(title)}.pt")
+        for key, part in parts.items() if state else ():
+            part.load_state_dict(state[key])
+        log = self.logs[title] = state["log"] if state else []
         with tqdm(desc=title, total=count, initial=len(log), disable=not self.main) as bar:
             for epoch in range(len(log), count):
                 clock, before = time.time(), sum(self.seconds.values())
@@ -1167,7 +1168,7 @@ def cli(main, args_class, recipes: dict[str, dict] | None = None) -> None:
         usage=argparse.SUPPRESS,
     )
     if recipes:
-        dataset = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+        dataset = argparse.ArgumentParser(add_help=False, exit_on_error=False)
         dataset.add_argument("--dataset", nargs="?", default="digits")
         parser.set_defaults(**recipes.get(dataset.parse_known_args()[0].dataset, {}))
     args, unknown = parser.parse_args_into_dataclasses(return_remaining_strings=True)

@@ -60,18 +60,18 @@ class Args(common.RunArgs):
     embeddings: str | None = HfArg(default=None, help="folder of a run whose learned tokens are used")
     # diversity
     sigmas: list[float] | None = HfArg(default=None, help="standard deviations of the noise on the tokens")
-    relative_sigma: bool | None = HfArg(default=None, help="sigma counts a token's root mean square as 1")
+    relative_sigma: bool | None = HfArg(default=None, help="sigma in units of a token's root mean square")
     prompts: str = HfArg(default="bank", help="bank (random words), llm, none, or the name of a CSV file")
     prompts_per_class: int = HfArg(default=10, help="number of prompts of a class, used in rotation")
     uncommon: bool = HfArg(default=False, help="ask the language model for uncommon locations")
     llm: str = HfArg(default="meta-llama/Llama-3.1-8B-Instruct", help="instruct model for --prompts llm")
     # generation
     variations: int | None = HfArg(default=None, help="M, synthetic images of each real image")
-    strength: float = HfArg(default=0.7, help="t_0, share of the noise schedule: 0 keeps the real image")
+    strength: float = HfArg(default=0.7, help="t_0, share of the noise schedule that real images get")
     synthetic: str | None = HfArg(default=None, help="folder of a run whose synthetic images are used")
     # weighting and training
     weighting: bool = HfArg(default=True, help="weigh the synthetic images by a filter classifier")
-    synthetic_probability: float = HfArg(default=0.7, help="how often a variation replaces a real image")
+    synthetic_probability: float = HfArg(default=0.7, help="chance that a variation replaces a real image")
     iterations: int | None = HfArg(default=None, help="training steps in an epoch")
     frozen: bool | None = HfArg(default=None, help="train only the classifier's last linear layer")
     filter_epochs: int = HfArg(default=30, help="largest number of epochs of the filter classifier")
@@ -172,7 +172,7 @@ class NewTokens:
 
     def __init__(self, pipe, tokens: list[str], rows: torch.Tensor):
         self.rows = rows
-        # choice: each token is matched whole, so "<car>" is never found inside "<carrot>"
+        # choice: the tokenizer finds a token as a whole or not at all, never a part of another class's token
         pipe.tokenizer.add_tokens([AddedToken(t, normalized=False) for t in tokens])
         encoder = pipe.text_encoder
         if len(pipe.tokenizer) > encoder.get_input_embeddings().num_embeddings:
@@ -457,6 +457,7 @@ def img2img(
         (5)  x_{t-1}  = sqrt(alpha_{t-1}) x^_0 + sqrt(1 - alpha_{t-1}) eps^   x^_0: from x_t and eps^
 
     latents: z [B, C, h, w], scaled; prompts and CPU generators: one per image
+    eps: the U-Net's output, which is v for a v-prediction U-Net; c: the encoded prompt
     strength: t_0, as a share of the noise schedule
     guidance_scale: s; up to 1 there is no guidance, only the prompt, as in diffusers
 
@@ -667,7 +668,7 @@ def learn_tokens(args: Args, run: common.Run, pipe, data: common.Data) -> torch.
     real = data.train.transformed(common.make_transforms(common.resolution(pipe), "none")[1])
     start = initial_embeddings(pipe, data.class_names, args.initializer)
     options = dict(steps=args.inversion_steps, batch_size=args.inversion_batch_size, lr=args.inversion_lr)
-    options |= dict(flip=args.augment != "digits", seed=args.seed)  # a mirrored digit is none
+    options |= dict(flip=args.augment != "digits", seed=args.seed)  # digits are not mirrored
     if args.dataset == "digits":
         options |= dict(templates=[args.prompt])  # the only template that the embedded generator has learned
     group_size = max(1, args.generation_batch_size // args.inversion_batch_size)
@@ -738,7 +739,8 @@ def synthesize(args: Args, run: common.Run, pipe, data: common.Data, folder: Pat
         rows = learn_tokens(args, run, pipe, data)
         generators = [common.generator(args.seed, 3, c) for c in range(len(rows))]
         rows = noisy_embeddings(rows, args.sigmas, generators, args.relative_sigma)
-        # choice: every noisy embedding has a token of its own, named by its class and the index of its sigma
+        # choice: every noisy embedding has a token of its own, named by its class and the index of its sigma:
+        # no class draws from another one whose name contains its own
         folders = common.class_folders(data.class_names)
         tokens = [f"<{name}|{v}>" for name in folders for v in range(len(args.sigmas))]
         with NewTokens(pipe, tokens, rows.flatten(0, 1).to(pipe.device)):
@@ -895,7 +897,7 @@ def resolve(args: Args) -> Args:
     share = args.synthetic_probability
     require(0 <= share <= 1, f"--synthetic_probability {share} must lie between 0 and 1")
     given = args.embeddings or args.synthetic
-    require(not (args.ladder and given), f"--ladder learns its own tokens and images; leave {given} out")
+    require(not (args.ladder and given), f"--ladder makes its own tokens and images; leave out {given}")
     return as_method(args, args.method)
 
 

@@ -45,7 +45,7 @@ class Args(common.RunArgs):
 
     # inversion
     inversion: str = HfArg(default="cycle", help="cycle, ddim, or none, which is img2img with fresh noise")
-    inversions: int = HfArg(default=1, help="inversions of an image; its variations use them in turn")
+    inversions: int = HfArg(default=1, help="inversions of an image, which its variations use in turn")
     strength: float = HfArg(default=0.8, help="share of the sampling steps that are inverted")
     eta: float = HfArg(default=1.0, help="DDIM's eta; 1: every step carries noise, 0: none does")
     source_prompt: str = HfArg(default="", help="prompt of the inversion; {} stands for the class name")
@@ -54,7 +54,7 @@ class Args(common.RunArgs):
     variations: int | None = HfArg(default=None, help="M, number of variations of each training image")
     perturb: str = HfArg(default="bottleneck", help="bottleneck, mid_input, down, up, latents or none")
     noise_scale: float | None = HfArg(default=None, help="s, scale of the noise on the features")
-    relative_noise: bool | None = HfArg(default=None, help="s counts the features' standard deviations")
+    relative_noise: bool | None = HfArg(default=None, help="measure s in standard deviations of the features")
     paired_noise: bool = HfArg(default=False, help="give both guidance rows of an image the same noise")
     synthetic: str | None = HfArg(default=None, help="use the images of this run folder, generate none")
     # self-training; choice: the defaults, but for the number of heads
@@ -798,6 +798,7 @@ def run_once(args: Args, accelerator) -> dict:
 
 
 # The paper's comparison: every rung adds one part, all with as many images and as many training steps.
+# choice: without perturbation the variations of one inversion would be equal, so each gets its own inversion.
 LADDER = {
     "standard augmentation": dict(real_only=True),
     "+ img2img variations": dict(inversion="none", inversions=999, perturb="none", labels="seed"),

@@ -1,7 +1,7 @@
 """Judges images of the digits world by an oracle: a classifier trained on the web pool.
 
-The oracle's reading of a synthetic image is the image's true label, and its features are the space in which
-synthetic images are compared with the real test images.
+The digit that the oracle reads in a synthetic image is taken for the image's true label. Its features are the
+space in which synthetic images are compared with the real test images.
 """
 
 from pathlib import Path
@@ -13,7 +13,7 @@ from torch import nn
 import common
 
 FOLDER = Path(__file__).resolve().parent
-KEYS, HEADS = ["labels", "colours", "settings"], [10, 6, 3]
+KEYS, HEADS = ["labels", "colours", "settings"], [10, 6, 3]  # what the oracle reads; its logits for each
 
 
 def load_oracle(folder: Path = FOLDER) -> common.SmallCNN:

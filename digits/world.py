@@ -30,7 +30,7 @@ COLOURS = {
 SETTINGS = ["temple", "flower", "plain"]
 SIZE = 32
 PIXELS_PER_DIGIT_PIXEL = 3.3  # an 8x8 digit becomes about 26 of the 32 pixels high
-MIN_CONTRAST = 0.33  # least RGB distance, of sqrt(3), between a digit and nine tenths of its surroundings
+MIN_CONTRAST = 0.33  # of the distance from black to white, between a digit and 90 % of its surroundings
 
 
 @cache
@@ -161,7 +161,7 @@ def render_pool(indices: np.ndarray, count: int, seed: int, settings: str = "all
 
 @cache
 def splits() -> dict[str, tuple[list[Image.Image], list[int]]]:
-    """The images and labels of train, val, test and test_ood. No digit is in two of train, val and test."""
+    """The images and labels of each split. No digit is in two of the splits train, val and test."""
     parts = {  # name: (digits, number of samples, settings)
         "train": (pools()["train"][:300], 1200, "common"),
         "val": (pools()["train"][300:], 596, "common"),

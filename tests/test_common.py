@@ -520,6 +520,24 @@ def test_a_begun_run_refuses_other_arguments_and_names_the_difference(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == [".lock"]
 
 
+def test_overwriting_that_is_killed_at_any_deletion_is_made_good_when_it_is_given_again(tmp_path):
+    for n in range(4):
+        train(path := tmp_path / str(n), ["first"])
+        unlink, calls = Path.unlink, itertools.count()
+
+        def die(file, *_, unlink=unlink, calls=calls, n=n):
+            if next(calls) == n:
+                raise Killed
+            unlink(file)
+
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(Path, "unlink", die)
+            patch.setattr(Path, "iterdir", lambda folder: map(folder.joinpath, sorted(os.listdir(folder))))
+            open_run(path, overwrite=True, epochs=5)
+        open_run(path, overwrite=True, epochs=5)
+        assert [file.name for file in path.iterdir()] == [".lock"], n
+
+
 def test_overwriting_never_empties_a_folder_that_holds_no_run(tmp_path):
     (tmp_path / "thesis.txt").write_text("years of work")
     open_run(tmp_path, overwrite=True)

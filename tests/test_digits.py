@@ -206,7 +206,7 @@ def test_the_oracles_reading_is_that_of_the_whole_network(oracle, real):
 # ----------------------------------------------------------------------------------------------------------
 # The embedded generator, judged by the oracle
 
-GUIDANCE, STEPS = 4.0, 20
+GUIDANCE, STEPS = 4.0, 15
 
 
 def sample(pipe, prompts, seed):

@@ -542,9 +542,13 @@ def test_pseudo_labels_are_right_where_the_sources_are_wrong_and_heads_grow_apar
 # --- the images of a run
 
 
-@pytest.mark.parametrize("size", [2, 9])
-def test_variations_use_the_inversions_in_turn_whatever_the_batch_size(pipe, digits, tmp_path, size):
+@pytest.mark.parametrize("size, batches", [(2, 3), (8, 2)])
+def test_variations_use_the_inversions_in_turn_whatever_the_batch_size(
+    pipe, digits, tmp_path, monkeypatch, size, batches
+):
     """Three variations and two inversions of each of three images: the first and the third are equal."""
+    calls, invert = [], dreamda.invert
+    monkeypatch.setattr(dreamda, "invert", lambda *a, **k: calls.append(len(a[1])) or invert(*a, **k))
     data = common.Data(digits.class_names, digits.train.subset([0, 70, 140]), digits.test)
     drawing = dict(variations=3, inversions=2, perturb="none", steps=5)
     drawn = []
@@ -555,6 +559,7 @@ def test_variations_use_the_inversions_in_turn_whatever_the_batch_size(pipe, dig
         files = [run.path / "synthetic" / record["file_name"] for record in records]
         drawn.append(np.stack([np.asarray(common.open_image(file), int) for file in files]))
     assert np.abs(drawn[0] - drawn[1]).max() <= 2
+    assert len(calls) == 3 + batches and sum(calls) == 2 * 3 * 2  # every image is inverted twice, no more
     first, second, third = drawn[1].reshape(3, 3, -1).swapaxes(0, 1)
     assert np.abs(first - third).max() <= 2
     assert (np.abs(first - second).max(1) > 20).all()

@@ -670,6 +670,7 @@ def test_a_language_model_is_asked_once_and_its_prompts_are_kept(mine, monkeypat
         return {name: [f"a {name} number {k}" for k in range(count)] for name in names}
 
     monkeypatch.setattr(diagen, "ask_llm", ask)
+    monkeypatch.setattr(diagen, "chat_tokenizer", lambda model: None)  # it is loaded to check that it exists
     changes = {"prompts": "llm", "llm": "my/model"}
     with monkeypatch.context() as patch:
         patch.setattr(common, "save_curves", None)
@@ -829,7 +830,7 @@ def test_the_pool_has_images_that_the_few_shot_draw_left(tmp_path):
     data.train.sources[0].save(tmp_path / "a.png")
     records = [{"file_name": "a.png", "label": 3}] * 5
     pool, _ = dreamda.make_pool(args, common.make_accelerator(), data, tmp_path, records)
-    assert pool.seed_labels.tolist() == [3] * 5 + [-1] * 30 and len(pool.images) == len(pool.truth) == 35
+    assert pool.source_labels.tolist() == [3] * 5 + [-1] * 30 and len(pool.images) == len(pool.truth) == 35
     left = zip(data.unlabelled.sources, data.unlabelled.labels, strict=True)
     left = {image.tobytes(): y for image, y in left}
     drawn = [image.tobytes() for image in pool.images.sources[5:]]
