@@ -23,6 +23,7 @@ Paper to code:
 
 import itertools
 import math
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -58,6 +59,7 @@ class Args(common.RunArgs):
     )
     gradient_steps: int = HfArg(default=10, help="number of first sampling steps with gradient guidance")
     nu: float | None = HfArg(default=None, help="length of a step on the text embedding")
+    channel_steps: bool | None = HfArg(default=None, help="a step has this length in every channel")
     rho: float = HfArg(default=200.0, help="margin of L_contra, for latents of 4x64x64")
     # active learning
     few_shot: bool | None = HfArg(default=None, help="no gen-val: all training images are guides")
@@ -75,6 +77,7 @@ SD21 = dict(
     guidance_centre=12.5,
     attention_resolution=0,
     nu=0.05,
+    channel_steps=True,  # as released: 32 times the paper's step, which a bf16 U-Net hardly sees
     # active learning
     images_per_epoch=64,
     few_shot=False,
@@ -125,6 +128,7 @@ RECIPES = {name: SMALL for name in common.DATASETS} | {
         generation_batch_size=16,
         attention_resolution=8,
         nu=1.0,
+        channel_steps=False,
         # active learning
         images_per_epoch=16,
         genval_share=0.2,
@@ -150,8 +154,8 @@ RECIPES = {name: SMALL for name in common.DATASETS} | {
 def confidence_to_centre(confidence: torch.Tensor, centre: float = 12.5) -> torch.Tensor:
     """The few-shot guidance centre i_0 = centre (1 - p); p: the confidence [N] in the guide's own class."""
     # choice: the paper's function is not published. This one keeps its two ends. A guide that the classifier
-    # misses (p = 0) is followed as in the main method, so that its variants show what is not known yet. Of a
-    # guide that it knows (p = 1) only the class is kept, because copies of it would teach nothing.
+    # does not know (p = 0) is followed as in the main method; of one that it knows (p = 1) only the class is
+    # kept, because copies of it would teach nothing.
     return centre * (1 - confidence)
 
 
@@ -311,11 +315,16 @@ def adversarial_loss(
     return -torch.where(loss > 1e-6, loss, 0).sum()
 
 
-def gradient_step(c: torch.Tensor, gradient: torch.Tensor, nu: float) -> torch.Tensor:
-    """Equation (2): c - nu g / ||g||_2, each image's [L, d] being one vector. No step if g is zero or NaN."""
+def gradient_step(c: torch.Tensor, gradient: torch.Tensor, nu: float, channels: bool = False) -> torch.Tensor:
+    """Equation (2): c - nu g / ||g||_2, for embeddings c and their gradients g [B, L, d].
+
+    The norm is that of an image's whole embedding, as in the paper. channels: each of the d channels has its
+    own, over the L tokens, as in the released code; the whole step is then sqrt(d) times as long.
+    A zero or NaN gradient makes no step.
+    """
     gradient = torch.nan_to_num(gradient.float(), 0.0, 0.0, 0.0)
-    norm = gradient.flatten(1).norm(dim=1).view(-1, 1, 1)
-    return c - nu * gradient / norm.clamp(min=1e-20)
+    norm = gradient.norm(dim=1, keepdim=True) if channels else gradient.flatten(1).norm(dim=1).view(-1, 1, 1)
+    return c - nu * gradient / norm.clamp(min=1e-20)  # (2)
 
 
 class Losses:
@@ -334,24 +343,30 @@ class Losses:
         """Indices of the images that have a loss."""
         return torch.nonzero(self.hard | torch.tensor([bank is not None for bank in self.banks])).flatten()
 
-    def __call__(self, x0: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
-        """L = w L_contra + lambda L_adv, summed over `images`, from their x^_0 [len(images), C, h, w]."""
-        pairs = [(z, self.banks[b]) for b, z in zip(images.tolist(), x0, strict=True)]
-        loss = sum(self.contrastive(z, bank) for z, bank in pairs if bank is not None)
-        hard = self.hard[images]
-        if hard.any():
-            loss = loss + self.adversarial(x0[hard], self.labels[images][hard].to(x0.device))
-        return loss
+    def gradient(self, x0: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
+        """The gradient of L = w L_contra + lambda L_adv by x^_0 [A, C, h, w] of the A `images` of the batch.
+
+        One image after the other: the decoder's memory is that of one image, however many have L_adv.
+        """
+        gradients = []
+        for z, b in zip(x0.detach(), images.tolist(), strict=True):
+            z, loss = z[None].requires_grad_(), 0.0
+            if self.banks[b] is not None:
+                loss = loss + self.contrastive(z[0], self.banks[b].to(z))
+            if self.hard[b]:
+                loss = loss + self.adversarial(z, self.labels[b : b + 1].to(z.device))
+            gradients += torch.autograd.grad(loss, z)
+        return torch.cat(gradients)
 
 
-def draw_banks(bank: dict[int, torch.Tensor], labels: torch.Tensor, wanted, generators) -> list:
+def draw_banks(bank: dict[int, torch.Tensor], labels: torch.Tensor, wanted, generators, device) -> list:
     """For each image at most 1,024 random latents of its class in the memory bank, or None if not wanted."""
     banks = []
     for y, want, g in zip(labels.tolist(), wanted.tolist(), generators, strict=True):
         latents = bank.get(y) if want else None
         if latents is not None and len(latents) > 1024:
             latents = latents[torch.randperm(len(latents), generator=g)[:1024]]
-        banks.append(latents)
+        banks.append(None if latents is None else latents.to(device))
     return banks
 
 
@@ -420,7 +435,7 @@ class NoisePrediction:
                 out_active = self.unet(x[active], t, c_active, 0, active, listen)
                 guided = out_empty[active] + self.scale * (out_active - out_empty[active])
                 x0 = predict_x0(scheduler, guided, x[active], scheduler.alphas_cumprod[t])
-                (gradient,) = torch.autograd.grad(self.losses(x0, active), c_active)
+                (gradient,) = torch.autograd.grad(x0, c_active, self.losses.gradient(x0, active))
             out_text[active] = out_active.detach()
         return out_empty + self.scale * (out_text - out_empty), gradient
 
@@ -454,6 +469,7 @@ def generate(
     attention_resolution: int = 0,
     gradient_steps: int = 10,
     nu: float = 0.05,
+    channel_steps: bool = False,
     rho: float = 200.0,
     contrastive_weight: float = 1.0,
     adversarial_weight: float = 0.1,
@@ -478,6 +494,7 @@ def generate(
     adversarial: [B] bools, by default all true; whether the image has L_adv
     guidance_centre: i_0, a number or [B]
     attention_resolution: side of the maps that make m_t; 0: a quarter of the latents' side
+    nu, channel_steps: see gradient_step
     rho: the margin for 16,384 latent values; it is scaled with the root of their number
     adversarial_pixels: side of the images that are decoded for L_adv; 0: the pipeline's
 
@@ -506,7 +523,7 @@ def generate(
         lambda x0, y: (
             adversarial_weight * adversarial_loss(pipe, x0, y, classifier, pixels, adversarial_pixels)
         ),
-        draw_banks(bank or {}, labels, guided & (contrastive_weight > 0), own),
+        draw_banks(bank or {}, labels, guided & (contrastive_weight > 0), own, device),
         adversarial & (classifier is not None) & (adversarial_weight > 0),
         labels,
     )
@@ -531,7 +548,7 @@ def generate(
             if gradient is not None:
                 # choice: the released code also moves the embedding of the empty prompt. Without that, the
                 # unconditional rows need no graph, which makes a guided step a third cheaper.
-                c[active] = gradient_step(c[active], gradient, nu)  # (2), for the next step
+                c[active] = gradient_step(c[active], gradient, nu, channel_steps)  # (2), for the next step
             x0 = predict_x0(scheduler, eps, x, scheduler.alphas_cumprod[t])  # (1)
             xi = randn_tensor(shape, generators, device)
             x = ddpm_step(scheduler, x0, x, t, previous, xi)  # (3)
@@ -546,14 +563,17 @@ def generate(
 # The run
 
 SAMPLER_ARGS = (
-    "prompt steps guidance_scale image_guidance attention_mask attention_resolution gradient_steps nu rho "
-    "contrastive_weight adversarial_weight adversarial_pixels"
+    "prompt steps guidance_scale image_guidance attention_mask attention_resolution gradient_steps nu "
+    "channel_steps rho contrastive_weight adversarial_weight adversarial_pixels"
 ).split()
 
 
-def ask(args: Args, accelerator, classifier, gen_val: common.Images, names: list[str], epoch: int) -> dict:
-    """Asks the classifier about gen-val: how many images it gets wrong, and the records of images to draw."""
-    logits, labels = common.predict(classifier, gen_val, accelerator, args.workers)
+def ask(args: Args, accelerator, classifier, gen_val, names: list[str], epoch: int, untrained=None) -> dict:
+    """Asks the classifier about gen-val: how many images it gets wrong, and the records of images to draw.
+
+    untrained: logits [N, K] and labels [N] of gen-val before training, to be taken instead
+    """
+    logits, labels = untrained or common.predict(classifier, gen_val, accelerator, args.workers)
     records, folders = plan_epoch(args, logits, labels, epoch), common.class_folders(names)
     for j, record in enumerate(records):
         y = record["label"]
@@ -567,7 +587,7 @@ def ask(args: Args, accelerator, classifier, gen_val: common.Images, names: list
 def draw_variants(args: Args, run, pipe, classifier, gen_val, names, records: list[dict], bank: dict) -> None:
     """Draws the images of an epoch's records, a batch at a time, split over the processes."""
     pixels = common.resolution(pipe)
-    gen_val = gen_val.transformed(common.make_transforms(pixels, "none")[1])
+    gen_val = gen_val.transformed(common.make_transforms(pixels, "none", args.square)[1])
     files = [run.path / "synthetic" / record["file_name"] for record in records]
     for batch in run.missing("generating", files, args.generation_batch_size):
         guides = torch.stack([gen_val[records[j]["guide_index"]][0] for j in batch])
@@ -588,20 +608,30 @@ def draw_variants(args: Args, run, pipe, classifier, gen_val, names, records: li
 
 
 class Synthetic:
-    """The variants drawn so far: training images, their records, and the memory bank of their latents."""
+    """The variants drawn so far: training images, their records, and the memory bank of their latents.
+
+    The bank lies on the CPU in half precision; `generate` moves the latents that it compares with.
+    """
 
     def __init__(self, transform):
         self.images, self.records, self.bank = common.Images([], [], transform), [], {}
 
     def add(self, run: common.Run, records: list[dict], size: int) -> None:
         """Adds the images of an epoch's records, at `size` pixels, and their latents; lists the records."""
-        for record in records:
-            y, file = record["label"], run.path / "synthetic" / record["file_name"]
-            self.images.sources.append(common.keep_small(file, size))
-            self.images.labels.append(y)
-            latents = common.read_file(run.path / "latents" / f"{file.stem}.pt")[None]
-            latents = latents.to(run.accelerator.device)
-            self.bank[y] = torch.cat([self.bank[y], latents]) if y in self.bank else latents
+        files = [run.path / "synthetic" / record["file_name"] for record in records]
+        with ThreadPoolExecutor() as pool:
+            self.images.sources += pool.map(lambda file: common.keep_small(file, size), files)
+        self.images.labels += [record["label"] for record in records]
+        new = {}
+        for file, record in zip(files, records, strict=True):
+            if record[
+                "guided"
+            ]:  # choice: plain text-to-image does not enter the bank, as in the released code
+                latents = common.read_file(run.path / "latents" / f"{file.stem}.pt")
+                new.setdefault(record["label"], []).append(latents.half())
+        for y, latents in new.items():
+            old = [self.bank[y]] if y in self.bank else []
+            self.bank[y] = torch.cat([*old, torch.stack(latents)])
         self.records += records
         run.write("synthetic/metadata.jsonl", self.records)
 
@@ -612,8 +642,8 @@ def train_epoch(args: Args, accelerator, model, optimizer, images, synthetic: in
     The learning rate follows the epochs. Within one it advances over as many batches as there are real ones:
     synthetic batches do not count (section 4.1).
     """
-    common.seed_everything(args.seed, epoch)
-    loader = common.make_loader(images, args.batch_size, accelerator, shuffle=True, workers=args.workers)
+    common.seed_everything(accelerator, args.seed, epoch)
+    loader = common.make_loader(images, args.batch_size, accelerator, (args.seed, epoch), args.workers)
     real_batches = len(loader) * (1 - synthetic / len(images))
 
     def learning_rate(batch: int) -> float:
@@ -638,12 +668,17 @@ def train(args: Args, run: common.Run, accelerator, data: common.Data, pipe) -> 
     half, names = args.epochs // 2, data.class_names
     real, gen_val = hold_out(args, data)
     net, model, optimizer = common.new_classifier(args, accelerator, names)
-    synthetic, drawn = Synthetic(data.train.transform), 0
+    synthetic, drawn, untrained = Synthetic(data.train.transform), 0, None
+    if args.few_shot:
+        # choice: few-shot guides are training images, of which a trained classifier is always sure: guidance
+        # would fade to nothing. Their confidence is that of the untrained classifier, zero-shot CLIP.
+        looked_at = (net, gen_val, accelerator, args.workers)
+        untrained = run.once("untrained.pt", common.predict, *looked_at, together=True)
 
     for epoch in run.epochs("ActGen", args.epochs, model=net, optimizer=optimizer):
         # after every epoch of the first half: variants of what the classifier gets wrong
         while drawn < min(epoch, half):
-            question = (args, accelerator, net, gen_val, names, drawn)
+            question = (args, accelerator, net, gen_val, names, drawn, untrained)
             plan = run.once(f"plans/{drawn + 1:03d}.json", ask, *question, together=True)
             # choice: the memory bank holds earlier epochs only, so that no batch depends on another
             draw_variants(args, run, pipe, net.eval(), gen_val, names, plan["records"], synthetic.bank)

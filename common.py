@@ -12,6 +12,8 @@ and so do many epochs of training.
 
 import argparse
 import dataclasses
+import errno
+import io
 import itertools
 import json
 import math
@@ -63,7 +65,7 @@ def check_choice(name: str, value: str, choices) -> None:
 class Images(torch.utils.data.Dataset):
     """Labelled images that are read on demand: item i is (transform(PIL image in RGB), label).
 
-    sources: file paths, PIL images, or (data set, index) pairs of a torchvision data set.
+    sources: file paths, PIL images, or (data set, index) pairs for a data set that keeps its images in memory
     """
 
     def __init__(self, sources, labels, transform=None):
@@ -120,12 +122,10 @@ def open_image(source) -> Image.Image:
     """
     if isinstance(source, Image.Image):
         return source
+    if isinstance(source, tuple):
+        dataset, i = source
+        return dataset[i][0].convert("RGB")
     try:
-        if isinstance(source, tuple):
-            dataset, i = source
-            for attribute in ("samples", "_images", "_samples"):
-                source = getattr(dataset, attribute, [source] * (i + 1))[i]
-            return dataset[i][0].convert("RGB")
         with Image.open(source) as image:
             image = ImageOps.exif_transpose(image)
             if image.mode.startswith(("I", "F")):  # 16-bit grey: PIL's own conversion would clip at 255
@@ -135,27 +135,44 @@ def open_image(source) -> Image.Image:
         raise UserError(f"cannot read the image {source}: {error}; replace or delete it") from None
 
 
-def make_transforms(size: int, augment: str):
+def square(size: int, how: str = "crop") -> list:
+    """The steps that make a PIL image a square of `size` pixels: "squeeze" its sides or "crop" its centre."""
+    from torchvision.transforms import v2
+
+    steps = {"crop": [v2.Resize(size), v2.CenterCrop(size)], "squeeze": [v2.Resize((size, size))]}
+    check_choice("--square", how, steps)
+    return steps[how]
+
+
+def make_transforms(size: int, augment: str, how: str = "crop"):
     """The training and the evaluation transform, from PIL to float [3, size, size] in [0, 1].
 
-    augment: "digits" (shifts), "crop" (CIFAR's padded crop and flip), "resized" (ImageNet's random resized
-    crop and flip) or "none". "+randaugment" after any of them adds RandAugment (Cubuk et al. 2019).
+    augment: "digits" (shifts), "crop" (CIFAR's padded crop, flip), "resized" (ImageNet's random resized crop,
+        flip), "squeezed" (DIAGen: squeezed to a square, flip, rotation by up to 15 degrees), "zoomed" (DIAGen
+        on FOCUS: random resized crop of 70 % or more, flip, rotation) or "none"; "+randaugment" after any of
+        them adds RandAugment (Cubuk et al. 2019)
+    how: see `square`, for evaluation and for augmentations that start from a square
     """
     from torchvision.transforms import v2
 
-    to_tensor = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True)]
-    square = [v2.Resize(size), v2.CenterCrop(size)]
-    pad = max(1, size // 8)
-    kind = augment.removesuffix("+randaugment")
+    to_tensor, flip, turn = (
+        [v2.ToImage(), v2.ToDtype(torch.float32, scale=True)],
+        v2.RandomHorizontalFlip(),
+        15,
+    )
+    pad, kind = max(1, size // 8), augment.removesuffix("+randaugment")
+    plain = square(size, "squeeze" if kind in ("squeezed", "zoomed") else how)
     kinds = {
-        "digits": [*square, v2.RandomCrop(size, padding=pad // 2, padding_mode="reflect")],
-        "crop": [*square, v2.RandomCrop(size, padding=pad), v2.RandomHorizontalFlip()],
-        "resized": [v2.RandomResizedCrop(size), v2.RandomHorizontalFlip()],
-        "none": square,
+        "digits": [*plain, v2.RandomCrop(size, padding=pad // 2, padding_mode="reflect")],
+        "crop": [*plain, v2.RandomCrop(size, padding=pad), flip],
+        "resized": [v2.RandomResizedCrop(size), flip],
+        "squeezed": [*plain, flip, v2.RandomRotation(turn)],
+        "zoomed": [v2.RandomResizedCrop(size, scale=(0.7, 1.0)), flip, v2.RandomRotation(turn)],
+        "none": plain,
     }
     check_choice("augment", kind, kinds)
     randaugment = [v2.RandAugment()] if augment != kind else []
-    evaluation = [v2.Resize(round(size / 0.875)), v2.CenterCrop(size)] if kind == "resized" else square
+    evaluation = [v2.Resize(round(size / 0.875)), v2.CenterCrop(size)] if kind == "resized" else plain
     return v2.Compose(kinds[kind] + randaugment + to_tensor), v2.Compose(evaluation + to_tensor)
 
 
@@ -321,6 +338,11 @@ def _torchvision(name: str, root: str, unlabelled: bool = False) -> Data:
         for attribute in ("targets", "labels", "y", "_labels"):
             labels = getattr(dataset, attribute, labels)
         labels = [target for _, target in dataset._samples] if labels is None else labels
+        for attribute in ("samples", "_samples"):  # (file, class) pairs
+            if hasattr(dataset, attribute):
+                return Images([Path(file) for file, _ in getattr(dataset, attribute)], labels)
+        if hasattr(dataset, "_images"):
+            return Images([Path(file) for file in dataset._images], labels)
         return Images([(dataset, i) for i in range(len(labels))], labels)
 
     train = load(True)
@@ -360,7 +382,7 @@ class SmallCNN(nn.Module):
 class Normalised(nn.Module):
     """A classifier behind its normalisation: images [B, 3, H, W] in [0, 1] -> logits."""
 
-    def __init__(self, model: nn.Module, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)):
+    def __init__(self, model: nn.Module, mean, std):
         super().__init__()
         self.model = model
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
@@ -397,19 +419,20 @@ class CLIPClassifier(nn.Module):
 CLIP_MEAN_STD = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 
 
-CLASSIFIERS = "small_cnn resnet18 resnet50 resnet152 wide_resnet50_2 vgg16 vit_s_16 vit_b_16 clip".split()
-
-
 def build_classifier(
     name: str, class_names: list[str], size: int, pretrained: bool = False, clip: str = ""
 ) -> nn.Module:
-    """Builds one of CLASSIFIERS: images [B, 3, size, size] in [0, 1] -> logits [B, len(class_names)].
+    """Builds a classifier: images [B, 3, size, size] in [0, 1] -> logits [B, len(class_names)].
 
-    pretrained: torchvision's ImageNet weights, downloaded; for the small CNN those of digits/backbone.
-    clip: the model id or folder of the CLIP classifier, which is always pretrained.
-    Raises UserError if there is no such classifier, or no such pretrained one.
+    name: "small_cnn", "clip" or any model of timm, such as resnet50, vgg16_bn or vit_small_patch16_224
+    pretrained: timm's weights, which are downloaded; for the small CNN those of digits/backbone
+    clip: the model id or folder of the CLIP classifier, which is always pretrained
+
+    Up to 64 pixels, ResNets and VGGs have the form that is usual for CIFAR. Raises UserError if there is no
+    such classifier, or if its weights cannot be loaded.
     """
-    check_choice("classifier", name, CLASSIFIERS)
+    import timm
+
     if name == "small_cnn":
         model = SmallCNN(len(class_names))
         if pretrained:
@@ -417,27 +440,37 @@ def build_classifier(
         return model
     if name == "clip":
         return Normalised(CLIPClassifier(clip, class_names), *CLIP_MEAN_STD)
+    known = timm.is_model(name)
+    require(
+        known, f"unknown classifier '{name}'; choose small_cnn, clip or a model of timm, such as resnet50"
+    )
+    options = {"num_classes": len(class_names), "pretrained": pretrained}
     try:
-        return Normalised(_torchvision_classifier(name, len(class_names), size, pretrained))
-    except OSError as error:
-        raise UserError(f"the pretrained weights of {name} could not be downloaded ({error})") from None
+        try:
+            model = timm.create_model(name, img_size=size, **options)  # transformers have a fixed size
+        except TypeError:
+            model = timm.create_model(name, **options)
+    except (OSError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(f"the classifier {name} cannot be loaded for {size} pixels ({reason})") from None
+    if size <= 64:
+        model = as_on_cifar(model, len(class_names))
+    return Normalised(model, model.pretrained_cfg["mean"], model.pretrained_cfg["std"])
 
 
-def _torchvision_classifier(name: str, classes: int, size: int, pretrained: bool) -> nn.Module:
-    from torchvision import models
+def as_on_cifar(model: nn.Module, classes: int) -> nn.Module:
+    """Fits a model of timm to small images: a ResNet gets a 3x3 stem without pooling, a VGG one head."""
+    from timm.layers import ClassifierHead
+    from timm.models import ResNet
+    from timm.models.vgg import VGG
 
-    if name == "vit_s_16":
-        require(not pretrained, "torchvision has no pretrained vit_s_16; use vit_b_16 or --pretrained false")
-        return models.VisionTransformer(size, 16, 12, 6, 384, 1536, num_classes=classes)
-    options = {"weights": "DEFAULT" if pretrained else None}
-    if name == "vit_b_16":
-        require(size == 224 or not pretrained, "a pretrained vit_b_16 needs --image_size 224")
-        options["image_size"] = size
-    model = models.get_model("vgg16_bn" if name == "vgg16" else name, **options)
-    if "resnet" in name and size <= 64:  # the CIFAR stem: 3x3, stride 1, no pooling
-        model.conv1, model.maxpool = nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.Identity()
-    name, head = last_linear(model)
-    model.set_submodule(name, nn.Linear(head.in_features, classes))
+    if isinstance(model, ResNet):
+        model.conv1, model.maxpool = (
+            nn.Conv2d(3, model.conv1.out_channels, 3, 1, 1, bias=False),
+            nn.Identity(),
+        )
+    if isinstance(model, VGG):
+        model.pre_logits, model.head = nn.Identity(), ClassifierHead(512, classes)
     return model
 
 
@@ -458,13 +491,16 @@ def split_head(classifier: nn.Module) -> tuple[nn.Module, nn.Linear]:
 
 
 def from_pretrained(cls, model_id: str, **options):
-    """cls.from_pretrained, but a model that cannot be loaded ends in one line."""
+    """cls.from_pretrained, but a model that cannot be loaded ends in one line. `~` is the home folder."""
+    model_id = os.path.expanduser(model_id)
+    advice = "no such folder; a model id of the hub needs a network and, if it is gated, its licence"
+    if Path(model_id).exists():
+        advice = "the folder is incomplete or holds a model of another kind"
+    if Path(model_id).is_file():
+        advice = f"it is a file; convert it by {cls.__name__}.from_single_file(FILE).save_pretrained(FOLDER)"
     try:
         return cls.from_pretrained(model_id, **options)
     except Exception as error:
-        advice = "no such folder; a model id of the hub needs a network and, if it is gated, its licence"
-        if Path(model_id).exists():
-            advice = "the folder is incomplete or holds a model of another kind"
         reason = " ".join(str(error).split())[:160]
         raise UserError(f"cannot load the model '{model_id}': {advice} ({reason})") from None
 
@@ -495,7 +531,11 @@ def load_pipeline(
     device = torch.device(device)
     dtype = dtype or native_dtype(device)
     options = {"dtype": dtype, "safety_checker": None, "requires_safety_checker": False}
-    pipe = from_pretrained(StableDiffusionPipeline, model_id, **options).to(device)
+    if any(Path(model_id).glob("unet/*.fp16.safetensors")):
+        options["variant"] = "fp16"
+    pipe = from_pretrained(StableDiffusionPipeline, model_id, **options)
+    check_kind(pipe, model_id)
+    pipe.to(device)
     pipe.scheduler = DDPMScheduler.from_config(pipe.scheduler.config, clip_sample=False)  # as in ddim()
     for part in (pipe.unet, pipe.vae, pipe.text_encoder):
         part.eval().requires_grad_(False)
@@ -505,6 +545,19 @@ def load_pipeline(
             part.enable_gradient_checkpointing()
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def check_kind(pipe, model_id: str) -> None:
+    """Raises UserError if the pipeline is not a text-to-image Stable Diffusion 1 or 2."""
+    unet, latents = pipe.unet.config, pipe.vae.config.latent_channels
+    kind = f"'{model_id}' is not a text-to-image Stable Diffusion 1 or 2: "
+    require(unet.addition_embed_type is None, f"{kind}its U-Net wants further conditions, as SDXL's does")
+    require(
+        unet.in_channels == unet.out_channels == latents,
+        f"{kind}its U-Net takes {unet.in_channels} channels for {latents} latent ones, as for inpainting",
+    )
+    width = pipe.text_encoder.config.hidden_size
+    require(unet.cross_attention_dim == width, f"{kind}its text encoder does not fit its U-Net")
 
 
 def resolution(pipe) -> int:
@@ -576,6 +629,8 @@ def new_classifier(args, accelerator, class_names: list[str], wrap=lambda net: n
     """
     torch.manual_seed(args.seed)
     net = wrap(build_classifier(args.classifier, class_names, args.image_size, args.pretrained, args.clip))
+    if accelerator.device.type == "cuda":
+        net = net.to(memory_format=torch.channels_last)  # faster convolutions
     optimizer = make_optimizer(args.optimizer, net, args.lr, args.weight_decay)
     return net, *accelerator.prepare(net, optimizer)
 
@@ -612,11 +667,14 @@ class Best:
         vars(self).update(state)
 
 
-def seed_everything(*key: int) -> None:
-    """Seeds the global generators of Python, NumPy and torch (shuffling, augmentation) with any integers."""
+def seed_everything(accelerator, *key: int) -> None:
+    """Seeds the global generators of Python, NumPy and torch, from which augmentations draw, by any integers.
+
+    Each process gets another seed, and its loading workers get theirs from it.
+    """
     from accelerate.utils import set_seed
 
-    set_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
+    set_seed(int(np.random.SeedSequence((*key, accelerator.process_index)).generate_state(1)[0]))
 
 
 def make_accelerator():
@@ -639,11 +697,18 @@ def make_accelerator():
 
 
 def make_loader(
-    images: Images, batch_size: int, accelerator, shuffle: bool = False, workers: int = 0, samples: int = 0
+    images: Images,
+    batch_size: int,
+    accelerator,
+    seed: tuple[int, ...] | None = None,
+    workers: int = 0,
+    samples: int = 0,
 ):
     """A DataLoader that splits each batch over the processes; batch_size counts all of them.
 
-    samples: draws so many images in random order, again and again if there are fewer
+    seed: if given, the images come in a random order, the same for any number of processes, and a last batch
+        that is not full is left out, unless it is the only one
+    samples: with a seed, draws so many images, again and again if there are fewer
     """
     # Accelerator.prepare would keep every loader alive
     from accelerate.data_loader import prepare_data_loader
@@ -653,10 +718,11 @@ def make_loader(
         batch_size % processes == 0, f"--batch_size {batch_size} is not a multiple of {processes} processes"
     )
     options = {"num_workers": workers, "pin_memory": accelerator.device.type == "cuda"}
-    if samples:
-        options["sampler"] = torch.utils.data.RandomSampler(images, num_samples=samples)
-    else:
-        options["shuffle"] = shuffle
+    if seed is not None:
+        order = torch.utils.data.RandomSampler(
+            images, num_samples=samples or None, generator=generator(*seed)
+        )
+        options |= {"sampler": order, "drop_last": len(order) >= batch_size}
     return prepare_data_loader(
         torch.utils.data.DataLoader(images, batch_size, **options),
         accelerator.device,
@@ -710,17 +776,19 @@ def share_buffers(accelerator, *models) -> None:
 
 
 @torch.no_grad()
-def predict(model, images: Images, accelerator, workers: int = 0, batch_size: int = 64):
+def predict(model, images: Images, accelerator, workers: int = 0, batch_size: int = 64, reduce=None):
     """The logits [N, K] and labels [N] of all images, on the CPU and equal on every process.
 
     batch_size: of each process
+    reduce: a function of the logits of a batch, which returns tensors to keep in their place
     """
     model.eval()
     outputs = []
     for x, y in make_loader(images, batch_size * accelerator.num_processes, accelerator, workers=workers):
         with accelerator.autocast():
             logits = model(x)
-        outputs.append([t.cpu() for t in accelerator.gather_for_metrics((logits.float(), y))])
+        kept = (logits.float(),) if reduce is None else reduce(logits.float())
+        outputs.append([t.cpu() for t in accelerator.gather_for_metrics((*kept, y))])
     return tuple(torch.cat(parts) for parts in zip(*outputs, strict=True))
 
 
@@ -738,20 +806,24 @@ def evaluate(model, data: Data, accelerator, workers: int = 0) -> dict[str, dict
 
 
 def scores(logits: torch.Tensor, labels: torch.Tensor) -> dict:
-    """Top-1, top-5, negative log-likelihood, expected calibration error (15 bins) and accuracy per class."""
+    """Top-1, top-5, class mean, negative log-likelihood, expected calibration error (15 bins), per class.
+
+    class_mean: the mean of the classes' accuracies, which counts rare classes as much as frequent ones
+    """
     from torchmetrics.functional.classification import multiclass_calibration_error
 
+    require(logits.isfinite().all(), "the classifier's outputs are not numbers; lower --lr")
     classes = logits.shape[1]
     hits = logits.topk(min(5, classes), 1).indices == labels[:, None]
     first = hits[:, 0].float()
+    per_class = [first[labels == c].mean().item() if (labels == c).any() else None for c in range(classes)]
     return {
         "top1": first.mean().item(),
         "top5": hits.any(1).float().mean().item(),
+        "class_mean": float(np.mean([accuracy for accuracy in per_class if accuracy is not None])),
         "nll": F.cross_entropy(logits, labels).item(),
         "ece": multiclass_calibration_error(logits.softmax(1), labels, classes).item(),
-        "per_class": [
-            first[labels == c].mean().item() if (labels == c).any() else None for c in range(classes)
-        ],
+        "per_class": per_class,
     }
 
 
@@ -790,10 +862,11 @@ class Run:
     share the folder. The main process alone writes, but for the images, which each process writes itself.
     """
 
-    def __init__(self, args, accelerator, free: tuple[str, ...] = ("seeds",)):
-        """Opens or creates the folder args.out.
+    # arguments that may change when a run goes on
+    FREE = "out overwrite data_dir seeds workers generation_batch_size gradient_checkpointing".split()
 
-        free: arguments that may change when a run goes on
+    def __init__(self, args, accelerator, free: tuple[str, ...] = ()):
+        """Opens or creates the folder args.out. `free` names more arguments that may change, beside FREE.
 
         Raises UserError if another process uses the folder, or if it holds a run with other arguments.
         """
@@ -809,9 +882,13 @@ class Run:
                 raise UserError(
                     f"another process is running in {self.path}; wait for it or give another --out"
                 ) from None
+            except OSError as error:
+                if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                    raise
+                print(f"warning: files in {self.path} cannot be locked; start no second run in it")
             if args.overwrite:
                 self._empty()
-            self._compare({"out", "overwrite", "data_dir", *free})
+            self._compare({*self.FREE, *free})
         self.wait()
         self.seconds = read_file(self.path / "seconds.json", {})
 
@@ -958,8 +1035,9 @@ def write_file(path: Path, value) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     if path.suffix == ".pt":
+        torch.save(value, buffer := io.BytesIO())  # to a file, it would hide that the disk is full
         with open(temporary, "wb") as f:
-            torch.save(value, f)
+            f.write(buffer.getbuffer())
             f.flush()
             os.fsync(f.fileno())
     else:
@@ -1136,17 +1214,18 @@ class RunArgs:
     steps: int | None = HfArg(default=None, help="sampling steps")
     guidance_scale: float | None = HfArg(default=None, help="scale of classifier-free guidance")
     generation_batch_size: int | None = HfArg(default=None, help="images that are generated at a time")
+    square: str = HfArg(default="squeeze", help="how real images become square for it: squeeze or crop")
     gradient_checkpointing: bool = HfArg(default=False, help="less memory for gradients, but slower")
     # data and classifier
     examples_per_class: int | None = HfArg(default=None, help="real training images per class; 0 takes all")
-    classifier: str | None = HfArg(default=None, help=", ".join(CLASSIFIERS))
+    classifier: str | None = HfArg(default=None, help="small_cnn, clip, or any model of timm")
     pretrained: bool | None = HfArg(default=None, help="start from pretrained weights")
     clip: str = HfArg(
         default="openai/clip-vit-base-patch32", help="CLIP model id or folder, where CLIP is used"
     )
     image_size: int | None = HfArg(default=None, help="side of the classifier's images in pixels")
     augment: str | None = HfArg(
-        default=None, help="augmentation: digits, crop, resized or none; add +randaugment for RandAugment"
+        default=None, help="digits, crop, resized, squeezed, zoomed or none; also with +randaugment after it"
     )
     epochs: int | None = HfArg(default=None, help="training epochs")
     batch_size: int | None = HfArg(default=None, help="real images in a training batch, over all GPUs")
@@ -1182,6 +1261,12 @@ def cli(main, args_class, recipes: dict[str, dict] | None = None) -> None:
         message = " ".join(str(error).rpartition("UserError: ")[2].split())
     except torch.OutOfMemoryError:
         message = "out of GPU memory; lower --generation_batch_size, or --batch_size if it was training"
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        message = (
+            "a loading process died; give less --workers, or a container more shared memory (--shm-size)"
+        )
     except OSError as error:
         if error.errno is None:
             raise
@@ -1222,6 +1307,7 @@ def check_training(args: RunArgs, accelerator, data: Data) -> None:
     net = build_classifier(args.classifier, names, size, args.pretrained, args.clip)
     make_optimizer(args.optimizer, net, args.lr, args.weight_decay)
     make_loader(data.train, args.batch_size, accelerator)
+    square(args.image_size, args.square)
 
 
 def data_of(args: RunArgs, unlabelled: bool = False) -> Data:
@@ -1233,11 +1319,12 @@ def data_of(args: RunArgs, unlabelled: bool = False) -> Data:
 def report(result: dict[str, dict], out: str) -> None:
     """Prints the last lines of a run: accuracy of each classifier, number of images, seconds."""
     first, last = (list(result.values())[i] for i in (0, -1))
-    for split in ("test", "test_ood"):
+    kinds = {"accuracy": "top1", "class mean": "class_mean"}
+    for split, (kind, key) in itertools.product(("test", "test_ood"), kinds.items()):
         if split in first:
-            text = ", ".join(f"{name} {100 * r[split]['top1']:.1f} %" for name, r in result.items())
-            gain = f" ({100 * (last[split]['top1'] - first[split]['top1']):+.1f})" if len(result) > 1 else ""
-            print(f"{split:9}accuracy: {text}{gain}")
+            text = ", ".join(f"{name} {100 * r[split][key]:.1f} %" for name, r in result.items())
+            gain = f" ({100 * (last[split][key] - first[split][key]):+.1f})" if len(result) > 1 else ""
+            print(f"{split:9}{kind}: {text}{gain}")
     training, generation = (sum(r.get(key, 0) for r in result.values()) for key in ("training", "generation"))
     images = max(r["synthetic"] for r in result.values())
     print(f"{images} images generated in {generation:.0f} s, {training:.0f} s of training; {out}")

@@ -51,7 +51,9 @@ from digits import world
 class Args(common.RunArgs):
     """DIAGen's own arguments. Where the default is None, the data set's recipe gives the value."""
 
-    method: str = HfArg(default="diagen", help="diagen, da_fusion or real_guidance")
+    method: str = HfArg(
+        default="diagen", help="diagen, or da_fusion or real_guidance at its settings, or *_published"
+    )
     # Textual Inversion
     inversion_steps: int | None = HfArg(default=None, help="training steps of Textual Inversion")
     inversion_batch_size: int | None = HfArg(default=None, help="images of each class in such a step")
@@ -67,14 +69,16 @@ class Args(common.RunArgs):
     llm: str = HfArg(default="meta-llama/Llama-3.1-8B-Instruct", help="instruct model for --prompts llm")
     # generation
     variations: int | None = HfArg(default=None, help="M, synthetic images of each real image")
-    strength: float = HfArg(default=0.7, help="t_0, share of the noise schedule that real images get")
+    strength: list[float] = HfArg(
+        default_factory=lambda: [0.7], help="t_0, share of the noise schedule; of several, one at random"
+    )
     synthetic: str | None = HfArg(default=None, help="folder of a run whose synthetic images are used")
     # weighting and training
     weighting: bool = HfArg(default=True, help="weigh the synthetic images by a filter classifier")
     synthetic_probability: float = HfArg(default=0.7, help="chance that a variation replaces a real image")
     iterations: int | None = HfArg(default=None, help="training steps in an epoch")
     frozen: bool | None = HfArg(default=None, help="train only the classifier's last linear layer")
-    filter_epochs: int = HfArg(default=30, help="largest number of epochs of the filter classifier")
+    filter_epochs: int = HfArg(default=50, help="largest number of epochs of the filter classifier")
 
 
 PHOTO = "a photo of a {}"
@@ -90,7 +94,7 @@ SD14 = dict(
     inversion_steps=1000,
     inversion_batch_size=4,
     inversion_lr=2e-3,  # 5e-4 for each image of the batch
-    initializer="",
+    initializer="the",  # as in both released codes
     # noise on the embeddings
     sigmas=[0.0, 0.005, 0.01, 0.025],
     relative_sigma=False,
@@ -99,8 +103,8 @@ SD14 = dict(
     classifier="resnet50",
     pretrained=True,
     frozen=True,
-    image_size=224,
-    augment="resized",
+    image_size=256,
+    augment="squeezed",  # on FOCUS: zoomed
     epochs=50,
     iterations=200,
     batch_size=32,
@@ -144,22 +148,15 @@ RECIPES = {name: SD14 for name in common.DATASETS} | {
 # ----------------------------------------------------------------------------------------------------------
 # Section 3.1: Textual Inversion (Gal et al. 2023), and noise on the learned embeddings
 
-TEMPLATES = [
-    PHOTO,
-    "a photo of one {}",
-    "a photo of the {}",
-    "a rendering of a {}",
-    "a cropped photo of the {}",
-    "a close-up photo of a {}",
-    "a bright photo of the {}",
-    "a dark photo of a {}",
-    "a good photo of a {}",
-    "a photo of a clean {}",
-    "a photo of a dirty {}",
-    "a photo of a small {}",
-    "a photo of a large {}",
-    "a depiction of a {}",
-]
+TEMPLATES = [PHOTO] + (
+    "a photo of one {}, a photo of the {}, a picture of a {}, a picture of the {}, a rendering of a {}, "
+    "a rendering of the {}, a drawing of the {}, a depiction of a {}, a snapshot of the {}, "
+    "a cropped photo of a {}, a cropped photo of the {}, a close-up of a {}, a close-up photo of the {}, "
+    "a bright photo of a {}, a bright photo of the {}, a dark photo of a {}, a dark photo of the {}, "
+    "a good photo of a {}, a good photo of the {}, a sharp photo of the {}, a blurred photo of a {}, "
+    "a photo of a clean {}, a photo of a dirty {}, a photo of a small {}, a photo of a large {}, "
+    "a photo of my {}"
+).split(", ")
 
 
 class NewTokens:
@@ -545,14 +542,14 @@ def train_filter(args: Args, accelerator, data: common.Data) -> nn.Module:
     real = data.train.transformed(common.make_transforms(args.image_size, augment)[0])
     quiet = not accelerator.is_main_process
     for epoch in tqdm(range(args.filter_epochs), "filter classifier", leave=False, disable=quiet):
-        common.seed_everything(args.seed, 10**6 + epoch)
+        common.seed_everything(accelerator, args.seed, 10**6 + epoch)
         rng = np.random.default_rng([args.seed, 10**6 + epoch])
         drawn = draw_epoch(real.labels, 1, None, args.iterations * args.batch_size, 0.0, rng)
         loader = common.make_loader(real.subset(drawn), args.batch_size, accelerator, workers=args.workers)
         common.train_epoch(model, loader, optimizer, lambda _: args.lr, accelerator)
         logits, labels = common.predict(model, data.val, accelerator, args.workers)
         best.update(epoch, -F.cross_entropy(logits, labels).item(), net)
-        if epoch - best.epoch >= 5:  # choice: the filter stops when the loss has not fallen for five epochs
+        if epoch - best.epoch >= 6:  # as released
             break
     net.load_state_dict(best.weights)
     return model
@@ -567,7 +564,7 @@ def confidences(
 
     x_v: randomly augmented views of the image, five in the paper; f: the classifier's logits; T: temperature
     """
-    common.seed_everything(args.seed, 2 * 10**6)
+    common.seed_everything(accelerator, args.seed, 2 * 10**6)
     augment = args.augment.removesuffix("+randaugment")
     viewed, labels = images.transformed(common.make_transforms(args.image_size, augment)[0]), images.labels
     logits = [common.predict(model, viewed, accelerator, args.workers)[0] for _ in range(views)]
@@ -609,19 +606,31 @@ def draw_epoch(
 # The run
 
 
-def load_few(args: Args) -> common.Data:
+def load_few(args: Args, main: bool) -> common.Data:
     """The data set with few training images of each class, and with a validation split.
 
-    Raises UserError if a class has too few images for both.
+    Where the data set has none, the validation images are drawn from those that the few-shot draw left, as
+    many again. Where it left none of a class, a quarter of the few images is held out, at least one per
+    class. Raises UserError if a class has too few images for that.
     """
     data = common.data_of(args)
-    if data.val is None:
-        # choice: without a validation split a quarter of the few images, at least one per class, is held out
+    if data.val is not None:
+        return data
+    classes, left = len(data.class_names), data.unlabelled
+    if args.examples_per_class and left and len(set(left.labels) - {-1}) == classes:
+        # choice: as many again, because a user with a few labels has no large labelled validation split
+        held = common.draw_per_class(left.labels, args.examples_per_class, args.seed)
+        data.val = left.subset(held, data.test.transform)
+        source = "that the few-shot draw left"
+    else:
         others, held = common.split_per_class(data.train.labels, 0.25, args.seed, at_least=1)
         data.val = data.train.subset(held, data.test.transform)
         data.train = data.train.subset(others)
-        left = len(set(data.train.labels)) == len(data.class_names)
-        require(left, "too few images to hold some out for validation; give val/ or more images per class")
+        enough = len(set(data.train.labels)) == classes
+        require(enough, "too few images to hold some out for validation; give val/ or more images per class")
+        source = "held out of the few training images"
+    if main:
+        print(f"no validation split: {len(held)} images {source} choose the best epoch")
     return data
 
 
@@ -665,7 +674,7 @@ def learn_tokens(args: Args, run: common.Run, pipe, data: common.Data) -> torch.
         return read_embeddings(Path(args.embeddings), data.class_names, pipe)
     files = embedding_files(run.path, data.class_names)
     tokens = [f"<{folder}>" for folder in common.class_folders(data.class_names)]
-    real = data.train.transformed(common.make_transforms(common.resolution(pipe), "none")[1])
+    real = data.train.transformed(common.make_transforms(common.resolution(pipe), "none", args.square)[1])
     start = initial_embeddings(pipe, data.class_names, args.initializer)
     options = dict(steps=args.inversion_steps, batch_size=args.inversion_batch_size, lr=args.inversion_lr)
     options |= dict(flip=args.augment != "digits", seed=args.seed)  # digits are not mirrored
@@ -706,36 +715,40 @@ def plan_variations(args: Args, data: common.Data, prompts: dict[str, list[str]]
         for m in range(args.variations):
             prompt, v = lines[count[y] % len(lines)], count[y] % len(args.sigmas)
             count[y] += 1
-            if args.method != "real_guidance":
+            if learns_tokens(args):
                 prompt = with_token(prompt, name, f"<{folders[y]}|{v}>")
             record = {"file_name": f"{folders[y]}/{i:06d}-{m:02d}.png", "label": y, "class_name": name}
-            record |= {"guide": data.train.name(i), "guide_index": i}
-            records.append(record | {"prompt": prompt, "seed": [args.seed, i, m]})
+            record |= {"guide": data.train.name(i), "guide_index": i, "prompt": prompt}
+            strength = float(np.random.default_rng([args.seed, i, m]).choice(args.strength))
+            records.append(record | {"strength": strength, "seed": [args.seed, i, m]})
     return records
 
 
 def draw_variations(args: Args, run, pipe, data: common.Data, records: list[dict], folder: Path) -> None:
     """Draws the images of the records, a batch at a time, split over the processes; see Run.missing."""
-    real = data.train.transformed(common.make_transforms(common.resolution(pipe), "none")[1])
+    real = data.train.transformed(common.make_transforms(common.resolution(pipe), "none", args.square)[1])
 
     @lru_cache(args.generation_batch_size)
     @torch.no_grad()
     def latents(i: int) -> torch.Tensor:  # encoded alone: the bits do not depend on the rest of the batch
         return common.encode(pipe, real[i][0][None])[0]
 
-    options = dict(steps=args.steps, strength=args.strength, guidance_scale=args.guidance_scale)
     files = [folder / record["file_name"] for record in records]
     for batch in run.missing(f"{folder.name} images", files, args.generation_batch_size):
-        z = torch.stack([latents(records[j]["guide_index"]) for j in batch])
-        generators = [common.generator(*records[j]["seed"]) for j in batch]
-        images = img2img(pipe, z, [records[j]["prompt"] for j in batch], generators, **options)
-        run.keep(images, [files[j] for j in batch])
+        for strength in dict.fromkeys(records[j]["strength"] for j in batch):
+            alike = [j for j in batch if records[j]["strength"] == strength]
+            z = torch.stack([latents(records[j]["guide_index"]) for j in alike])
+            prompts = [records[j]["prompt"] for j in alike]
+            generators = [common.generator(*records[j]["seed"]) for j in alike]
+            options = dict(steps=args.steps, strength=strength, guidance_scale=args.guidance_scale)
+            images = img2img(pipe, z, prompts, generators, **options)
+            run.keep(images, [files[j] for j in alike])
 
 
 def synthesize(args: Args, run: common.Run, pipe, data: common.Data, folder: Path) -> list[dict]:
     """Generates the variations of all real images in `folder`, and returns their metadata."""
     records = plan_variations(args, data, find_prompts(args, run, data.class_names))
-    if args.method != "real_guidance":
+    if learns_tokens(args):
         rows = learn_tokens(args, run, pipe, data)
         generators = [common.generator(args.seed, 3, c) for c in range(len(rows))]
         rows = noisy_embeddings(rows, args.sigmas, generators, args.relative_sigma)
@@ -856,7 +869,7 @@ def train(args: Args, run, accelerator, data: common.Data, synthetic: Synthetic 
 
     for epoch in run.epochs(title, args.epochs, model=net, optimizer=optimizer, best=best):
         # choose the images: real ones, class-balanced, and by weight their variations in the place of most
-        common.seed_everything(args.seed, epoch)
+        common.seed_everything(accelerator, args.seed, epoch)
         rng = np.random.default_rng([args.seed, epoch])
         drawn = draw_epoch(real.labels, args.variations, weights, count, probability, rng)
         run.log(synthetic_share=float((drawn >= len(real)).mean()))
@@ -865,10 +878,10 @@ def train(args: Args, run, accelerator, data: common.Data, synthetic: Synthetic 
         loader = common.make_loader(images.subset(drawn), args.batch_size, accelerator, workers=args.workers)
         run.log(**common.train_epoch(model, loader, optimizer, lambda _: args.lr, accelerator))
 
-        # the epoch that is best on the validation split counts
+        # the epoch that is best on the validation split, by the mean of the classes' accuracies, counts
         score = common.scores(*common.predict(model, data.val, accelerator, args.workers))
-        run.log(val=score["top1"], val_nll=score["nll"])
-        best.update(epoch, score["top1"], net)
+        run.log(val=score["class_mean"], val_nll=score["nll"])
+        best.update(epoch, score["class_mean"], net)
 
     net.load_state_dict(best.weights)
     scores = common.evaluate(model, data, accelerator, args.workers)
@@ -876,7 +889,22 @@ def train(args: Args, run, accelerator, data: common.Data, synthetic: Synthetic 
     return scores | (synthetic.report if synthetic else {"synthetic": 0})
 
 
-METHODS = {"diagen": "DIAGen", "da_fusion": "DA-Fusion", "real_guidance": "Real Guidance"}
+METHODS = {
+    "diagen": "DIAGen",
+    "da_fusion": "DA-Fusion",
+    "real_guidance": "Real Guidance",
+    "da_fusion_published": "DA-Fusion as published",
+    "real_guidance_published": "Real Guidance as published",
+}
+PUBLISHED = {  # the baselines' own settings; without "_published" they have those of DIAGen
+    "da_fusion_published": [1.0, 0.75, 0.5, 0.25],
+    "real_guidance_published": [0.5],
+}
+
+
+def learns_tokens(args: Args) -> bool:
+    """Whether the method has a learned token in its prompts; Real Guidance has the class's name."""
+    return not args.method.startswith("real_guidance")
 
 
 def as_method(args: Args, method: str) -> Args:
@@ -884,6 +912,8 @@ def as_method(args: Args, method: str) -> Args:
     args = dataclasses.replace(args, method=method)
     if method != "diagen":
         args.sigmas, args.prompts, args.weighting = [0.0], "none", False
+    if method in PUBLISHED:
+        args.strength, args.guidance_scale, args.synthetic_probability = PUBLISHED[method], 7.5, 0.5
     return args
 
 
@@ -916,8 +946,9 @@ def check(args: Args, run: common.Run, accelerator, data: common.Data, pipe) -> 
         read_variations(args, data)
     if pipe is None:
         return
-    common.ddim(pipe, args.steps, args.strength)
-    if args.method != "real_guidance":
+    for strength in args.strength:
+        common.ddim(pipe, args.steps, strength)
+    if learns_tokens(args):
         initial_embeddings(pipe, data.class_names, args.initializer)
         if args.embeddings:
             read_embeddings(Path(args.embeddings), data.class_names, pipe)
@@ -932,7 +963,7 @@ def run_once(args: Args, accelerator) -> dict:
     run = common.Run(args, accelerator)
     if result := run.result():
         return result
-    data, pipe, result, synthetic = load_few(args), None, {}, {}
+    data, pipe, result, synthetic = load_few(args, run.main), None, {}, {}
     if not args.real_only and not args.synthetic:
         device, save_memory = accelerator.device, args.gradient_checkpointing
         pipe = common.load_pipeline(args.diffusion, device, gradient_checkpointing=save_memory)

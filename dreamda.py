@@ -45,7 +45,7 @@ class Args(common.RunArgs):
 
     # inversion
     inversion: str = HfArg(default="cycle", help="cycle, ddim, or none, which is img2img with fresh noise")
-    inversions: int = HfArg(default=1, help="inversions of an image, which its variations use in turn")
+    paths: int | None = HfArg(default=None, help="paths of an image, used in turn; 0: one per variation")
     strength: float = HfArg(default=0.8, help="share of the sampling steps that are inverted")
     eta: float = HfArg(default=1.0, help="DDIM's eta; 1: every step carries noise, 0: none does")
     source_prompt: str = HfArg(default="", help="prompt of the inversion; {} stands for the class name")
@@ -79,6 +79,7 @@ SD15 = dict(
     generation_batch_size=10,
     # variations
     variations=30,
+    paths=0,  # as released
     noise_scale=3.0,
     relative_noise=False,
     # classifier
@@ -113,6 +114,7 @@ RECIPES = {name: SD15 for name in common.DATASETS} | {
         generation_batch_size=40,
         # variations
         variations=10,
+        paths=1,
         noise_scale=12.0,
         relative_noise=True,
         # classifier; choice: few images and a pretrained backbone (the paper also trains from scratch)
@@ -262,6 +264,7 @@ def invert(
     strength: float = 0.8,
     eta: float = 1.0,
     rows: int = 32,
+    start_generators: list[torch.Generator] | None = None,
 ) -> Inverted:
     """The noise from which DDIM sampling reproduces `images` [B, 3, H, W] in [0, 1]; z_0 are their latents.
 
@@ -274,6 +277,7 @@ def invert(
     method: "cycle": (1) to (3); "ddim": (4), without noise; "none": (1) and fresh xi_t, which is img2img
     source_prompts: [B], by default empty
     rows: the number of rows of the U-Net's batches in (3)
+    start_generators: draw z_T, by default `generators`; equal ones let several paths share it
     """
     prompts = source_prompts or [""] * len(images)
     # choice: guidance between two empty prompts changes nothing, so the second row is left out
@@ -283,7 +287,8 @@ def invert(
     s = ddim_steps(pipe, steps, strength, 0.0 if method == "ddim" else eta)
     if method == "ddim":
         return invert_ddim(pipe, z0, s, text, scale)
-    start = s.alpha[0] ** 0.5 * z0 + (1 - s.alpha[0]) ** 0.5 * normal(z0, generators)  # (1)
+    noise = normal(z0, start_generators or generators)
+    start = s.alpha[0] ** 0.5 * z0 + (1 - s.alpha[0]) ** 0.5 * noise  # (1)
     if method == "none":
         return Inverted(start, torch.stack([sigma * normal(z0, generators) for sigma in s.sigma]), s)
     return invert_cycle(pipe, z0, start, s, text, scale, generators, rows)
@@ -482,7 +487,8 @@ def self_training_loss(
                       + mean over u of CE(W_0 f(strong(u)), y^(u)) if u is labelled, else w_c L_cons
 
     real: logits [1 + A, B, 1 + A, K] of every view (the standard one, a_1..a_A) by every head; y: [B]
-    synthetic: logits [U, 1 + A, K] of the strong views; targets, labelled: see synthetic_targets
+    synthetic: logits [U, 1 + A, K] of the strong views
+    targets: classes [U] or probabilities [U, K]; labelled: [U] bools
     weak: the main head's probabilities [U, K] of the weak views
     auxiliary: the weights W_1..W_A [A, K, d]. A and U may be 0.
     """
@@ -495,29 +501,30 @@ def self_training_loss(
         loss = loss + w_o * orthogonality_loss(auxiliary)
     if len(synthetic):
         main = synthetic[:, 0]
-        supervised = -(targets * main.log_softmax(1)).sum(1)
-        loss = loss + torch.where(labelled, supervised, w_c * consistency_loss(main, weak)).mean()  # (11)
+        supervised = F.cross_entropy(main, targets, reduction="none")
+        consistency = w_c * consistency_loss(main, weak) if w_c else 0.0 * supervised
+        loss = loss + torch.where(labelled, supervised, consistency).mean()  # (11)
     return loss
 
 
-def synthetic_targets(labels: str, logits, source_labels, threshold: float, clip_logits=None):
-    """The targets [N, K] of synthetic and unlabelled images, and which of them are labelled [N].
+def synthetic_targets(labels: str, logits, source_labels, threshold: float, clip_labels=None):
+    """The targets of synthetic and unlabelled images, and which of the images are labelled [N].
 
     labels: "amst": agreement of the auxiliary heads; "seed": the label of the source image, the paper's seed;
-        "head": the main head's argmax where it is confident; "soft": its probabilities; "clip": CLIP's argmax
-    logits: [N, 1 + A, K] of the weak views; source_labels: [N], -1 for an image without a source
+        "head": the main head's argmax where it is confident; "soft": its probabilities; "clip": CLIP's label
+    logits: [N, 1 + A, K] of the weak views, not needed for "seed" and "clip"
+    source_labels: [N], -1 for an image without a source; clip_labels: [N]
+    The targets are classes [N]; if they are soft, probabilities [N, K].
     """
-    classes, main = logits.shape[2], logits[:, 0].softmax(1)
-    if labels == "soft":
-        return main, torch.ones(len(main), dtype=torch.bool)
     if labels == "amst":
-        hard, labelled = agreement(logits[:, 1:], threshold)
-    elif labels == "head":
-        hard, labelled = main.argmax(1), main.max(1).values >= threshold
-    else:
-        hard = source_labels if labels == "seed" else clip_logits.argmax(1)
-        labelled = hard >= 0
-    return F.one_hot(hard.clamp(0), classes).float(), labelled
+        return agreement(logits[:, 1:], threshold)
+    if labels in ("seed", "clip"):
+        hard = source_labels if labels == "seed" else clip_labels
+        return hard.clamp(0), hard >= 0
+    main = logits[:, 0].softmax(1)
+    if labels == "soft":
+        return main, torch.ones(len(main), dtype=torch.bool, device=main.device)
+    return main.argmax(1), main.max(1).values >= threshold
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -548,20 +555,24 @@ def draw_variations(args: Args, run: common.Run, pipe, data: common.Data, record
     M, size, pixels = args.variations, args.generation_batch_size, common.resolution(pipe)
     inverting = {"method": args.inversion} | {name: getattr(args, name) for name in INVERT_ARGS}
     varying = {name: getattr(args, name) for name in VARY_ARGS}
-    # choice: images are cropped to a square; the released code squeezes them
-    real = data.train.transformed(common.make_transforms(pixels, "none")[1])
+    paths = args.paths or M
+    real = data.train.transformed(common.make_transforms(pixels, "none", args.square)[1])
     files = [run.path / "synthetic" / record["file_name"] for record in records]
     for batch in run.missing("generating", files, max(1, size // M) * M):
-        # choice: a source image is inverted once for all its variations, or --inversions times. The released
-        # code draws a path for every variation, which costs more U-Net calls and gives more variety.
-        inversion = {j: (j // M, j % M % args.inversions) for j in batch}
-        starts = sorted(set(inversion.values()))  # pairs of a source image and the number of its inversion
-        images = torch.stack([real[i][0] for i, _ in starts])
-        prompts = [args.source_prompt.format(records[i * M]["class_name"]) for i, _ in starts]
-        generators = [common.generator(args.seed, 1, *start) for start in starts]
-        inverted = invert(pipe, images, generators, source_prompts=prompts, rows=2 * size, **inverting)
+        # the variations of a source image share z_T and take its paths in turn; img2img shares nothing
+        path = {j: (j // M, j % M % paths) for j in batch}
+        inversions = sorted(set(path.values()))  # pairs of a source image and the number of its path
+        images = torch.stack([real[i][0] for i, _ in inversions])
+        prompts = [args.source_prompt.format(records[i * M]["class_name"]) for i, _ in inversions]
+        generators = [common.generator(args.seed, 1, i, k) for i, k in inversions]
+        starts = [
+            g if k == 0 or args.inversion == "none" else common.generator(args.seed, 1, i, 0)
+            for g, (i, k) in zip(generators, inversions, strict=True)
+        ]
+        options = inverting | {"source_prompts": prompts, "rows": 2 * size, "start_generators": starts}
+        inverted = invert(pipe, images, generators, **options)
         for part in [batch[b : b + size] for b in range(0, len(batch), size)]:
-            sources = torch.tensor([starts.index(inversion[j]) for j in part])
+            sources = torch.tensor([inversions.index(path[j]) for j in part])
             prompts = [records[j]["prompt"] for j in part]
             # choice: every variation has a generator of its own; in the released code the k-th variations of
             # all images have the same noise
@@ -589,7 +600,7 @@ class Pool:
     images: common.Images
     source_labels: torch.Tensor  # [N], the label of the source image; -1 for a real image
     truth: torch.Tensor | None = None  # [N], the true classes if they can be known; for reports only
-    clip_logits: torch.Tensor | None = None  # [N, K], CLIP's zero-shot prediction if --labels is clip
+    clip_labels: torch.Tensor | None = None  # [N], CLIP's zero-shot prediction if --labels is clip
 
 
 def make_pool(args: Args, accelerator, data: common.Data, folder: Path, records) -> tuple[Pool, dict]:
@@ -614,20 +625,29 @@ def make_pool(args: Args, accelerator, data: common.Data, folder: Path, records)
     if args.labels == "clip":
         clip = common.build_classifier("clip", data.class_names, args.image_size, clip=args.clip)
         clip = clip.to(accelerator.device)
-        pool.clip_logits, _ = common.predict(clip, pool.images, accelerator, args.workers)
+        logits, _ = common.predict(clip, pool.images, accelerator, args.workers)
+        pool.clip_labels = logits.argmax(1)
     return pool, distances
 
 
 def predict_targets(args: Args, accelerator, model, pool: Pool | None, labels: str):
-    """The pool's targets [N, K], which are labelled [N], and the main head's probabilities [N, K].
+    """The pool's targets, which are labelled [N], and the main head's probabilities [N, K] where they count.
 
-    All are predicted from the weak views, which are the images without augmentation. Without a pool N is 0.
+    All are predicted from the weak views, which are the images without augmentation. Of each batch only this
+    is kept: the logits of all heads would not fit for a large data set. Without a pool N is 0.
     """
     if pool is None:
         return (torch.zeros(0, device=accelerator.device),) * 3
-    logits, _ = common.predict(model, pool.images, accelerator, args.workers)
-    targets = synthetic_targets(labels, logits, pool.source_labels, args.threshold, pool.clip_logits)
-    return tuple(t.to(accelerator.device) for t in (*targets, logits[:, 0].softmax(1)))
+
+    def reduce(logits):
+        return *synthetic_targets(labels, logits, None, args.threshold), logits[:, 0].softmax(1).half()
+
+    if labels in ("seed", "clip"):  # the classifier is not asked
+        found = synthetic_targets(labels, None, pool.source_labels, args.threshold, pool.clip_labels)
+        found = *found, torch.zeros(len(found[0]), 1)
+    else:
+        *found, _ = common.predict(model, pool.images, accelerator, args.workers, reduce=reduce)
+    return tuple(t.to(accelerator.device) for t in found)
 
 
 def label_report(targets, labelled, pool: Pool | None) -> dict[str, float]:
@@ -637,7 +657,8 @@ def label_report(targets, labelled, pool: Pool | None) -> dict[str, float]:
     """
     if pool is None:
         return {}
-    label, labelled = targets.argmax(1).cpu(), labelled.cpu()
+    label = targets.cpu() if targets.ndim == 1 else targets.argmax(1).cpu()
+    labelled = labelled.cpu()
     report = {"labelled": labelled.float().mean().item()}
     if pool.truth is not None and labelled.any():
         report["label_accuracy"] = (label == pool.truth)[labelled].float().mean().item()
@@ -651,14 +672,15 @@ def pool_batch(args: Args) -> int:
     return max(1, round(args.batch_size * args.synthetic_ratio))
 
 
-def load_batches(args: Args, accelerator, real: common.Images, pool: common.Images | None, steps: int):
+def load_batches(args: Args, accelerator, real, pool: common.Images | None, steps: int, epoch: int):
     """Yields the batches of an epoch: views x of real images and their labels y, views u of the pool's images
     and their indices. Without a pool u is empty.
     """
-    samples = steps * args.batch_size  # the real images again and again
-    loaders = [common.make_loader(real, args.batch_size, accelerator, True, args.workers, samples)]
+    samples, workers = steps * args.batch_size, args.workers  # the real images again and again
+    seed = (args.seed, epoch)
+    loaders = [common.make_loader(real, args.batch_size, accelerator, seed, workers, samples)]
     if pool is not None:
-        loaders.append(common.make_loader(pool, pool_batch(args), accelerator, True, args.workers))
+        loaders.append(common.make_loader(pool, pool_batch(args), accelerator, (*seed, 1), workers))
     for (x, y), *of_pool in zip(*loaders, strict=True):
         yield x, y, *(of_pool[0] if of_pool else (x[:0, 0], y[:0]))
 
@@ -687,19 +709,19 @@ def train(args: Args, run: common.Run, accelerator, data: common.Data, pool: Poo
     real = data.train.transformed(views)
     # choice: an epoch is one pass over the pool; without a pool it has as many steps
     count = len(pool.images) if pool else len(real) * args.variations + args.unlabelled
-    steps = math.ceil(count / pool_batch(args))
+    steps = max(1, count // pool_batch(args))
     strong = common.Images(pool.images.sources, range(count), strong_view) if pool else None
 
     for epoch in run.epochs(CLASSIFIERS[labels], args.epochs, model=net, optimizer=optimizer):
         # choice: the pool's images are labelled anew before every epoch, not before every step
-        common.seed_everything(args.seed, epoch)
+        common.seed_everything(accelerator, args.seed, epoch)
         targets, labelled, weak = predict_targets(args, accelerator, model, pool, labels)
         run.log(images=len(real), pool=len(targets), **label_report(targets, labelled, pool))
 
         # one pass over the pool, real images beside it
         model.train()
         total = 0.0
-        for step, (x, y, u, index) in enumerate(load_batches(args, accelerator, real, strong, steps)):
+        for step, (x, y, u, index) in enumerate(load_batches(args, accelerator, real, strong, steps, epoch)):
             progress = (epoch + step / steps) / args.epochs
             for group in optimizer.param_groups:
                 group["lr"] = args.lr * common.cosine(progress, args.warmup)
@@ -727,7 +749,8 @@ def save_labels(run, folder: Path, records: list[dict], targets, labelled, names
 
     own: the images in `folder` are this run's, and their metadata is written again
     """
-    for record, label, sure in zip(records, targets.argmax(1).tolist(), labelled.tolist(), strict=False):
+    final = targets if targets.ndim == 1 else targets.argmax(1)
+    for record, label, sure in zip(records, final.tolist(), labelled.tolist(), strict=False):
         record["pseudo_label"] = label if sure else None
     if own:
         run.write("synthetic/metadata.jsonl", records)
@@ -744,8 +767,8 @@ def resolve(args: Args) -> Args:
     args = common.fill_recipe(args, RECIPES, "dreamda")
     common.check_choice("--labels", args.labels, [*CLASSIFIERS][1:])
     common.check_choice("--inversion", args.inversion, ["cycle", "ddim", "none"])
-    common.check_at_least(1, args, "variations", "inversions")
-    common.check_at_least(0, args, "unlabelled")
+    common.check_at_least(1, args, "variations")
+    common.check_at_least(0, args, "unlabelled", "paths")
     require(args.labels != "amst" or args.heads >= 2, f"--heads {args.heads}: agreement needs at least 2")
     return args
 
@@ -798,11 +821,11 @@ def run_once(args: Args, accelerator) -> dict:
 
 
 # The paper's comparison: every rung adds one part, all with as many images and as many training steps.
-# choice: without perturbation the variations of one inversion would be equal, so each gets its own inversion.
+# choice: without perturbation the variations by one path would be equal, so each gets its own path.
 LADDER = {
     "standard augmentation": dict(real_only=True),
-    "+ img2img variations": dict(inversion="none", inversions=999, perturb="none", labels="seed"),
-    "+ inversion, no perturbation": dict(inversions=999, perturb="none", labels="seed"),
+    "+ img2img variations": dict(inversion="none", paths=0, perturb="none", labels="seed"),
+    "+ inversion, no perturbation": dict(paths=0, perturb="none", labels="seed"),
     "+ latent noise": dict(perturb="latents", noise_scale=0.2, labels="seed"),
     "+ bottleneck noise": dict(labels="seed"),
     "+ AMST": dict(synthetic="+ bottleneck noise"),

@@ -15,16 +15,38 @@ import traceback
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
-import matplotlib.figure  # noqa: F401 (imported once, before the runs in child processes)
+import accelerate
+import matplotlib.figure
 import numpy as np
 import psutil
 import pytest
+import scipy.stats
+import timm
 import torch
+import torch._dynamo
+import torchmetrics.functional.classification
+import torchmetrics.image.fid
+import torchmetrics.image.kid
+import torchvision.transforms.v2
+from diffusers import DDIMScheduler, StableDiffusionPipeline
 from PIL import Image
 
 import common
 from digits import pretrain
 
+# imported once, before the runs in child processes, and left out of every collection of garbage
+IMPORTED = (
+    accelerate,
+    matplotlib,
+    scipy,
+    timm,
+    torch,
+    torchmetrics,
+    torchvision,
+    DDIMScheduler,
+    StableDiffusionPipeline,
+)
+gc.freeze()
 TWO_PROCESSES = "-m torch.distributed.run --standalone --nproc_per_node 2".split()
 
 

@@ -1,6 +1,7 @@
 """ActGen's properties, against stock diffusers, closed forms, true masks and the oracle."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -300,13 +301,44 @@ def test_a_gradient_step_moves_each_embedding_by_exactly_nu():
     assert torch.equal(actgen.gradient_step(c, torch.full_like(c, math.nan), 0.05), c)
 
 
+def test_a_released_step_moves_each_channel_by_nu():
+    """So an embedding of d channels moves by nu sqrt(d): 32 nu for Stable Diffusion 2.1."""
+    c, gradient = torch.randn(2, 77, 1024), torch.randn(2, 77, 1024)
+    gradient[1, :, 5] = 0
+    moved = actgen.gradient_step(c, gradient, 0.05, channels=True) - c
+    expected = torch.full((2, 1024), 0.05)
+    expected[1, 5] = 0
+    assert torch.allclose(moved.norm(dim=1), expected, atol=1e-4)
+    assert moved[0].norm().item() == pytest.approx(0.05 * 32, rel=1e-3)
+
+
+def test_only_guided_images_enter_the_memory_bank(tmp_path):
+    """In half precision, each to its class."""
+    records = [
+        dict(label=y, guided=g, file_name=f"{i}.png")
+        for i, (y, g) in enumerate([(3, 1), (3, 0), (5, 1), (3, 1)])
+    ]
+    for i in range(4):
+        common.write_file(tmp_path / "latents" / f"{i}.pt", torch.full((4, 2, 2), float(i)))
+        common.save_png(torch.full((3, 8, 8), i / 8), tmp_path / "synthetic" / f"{i}.png")
+    written = {}
+    run = SimpleNamespace(path=tmp_path, write=written.__setitem__)
+    synthetic = actgen.Synthetic(None)
+    for part in (records[:3], records[3:]):
+        synthetic.add(run, part, 8)
+    assert {y: b[:, 0, 0, 0].tolist() for y, b in synthetic.bank.items()} == {3: [0, 3], 5: [2]}
+    assert synthetic.bank[3].dtype == torch.float16
+    assert synthetic.images.labels == [3, 3, 5, 3] and written["synthetic/metadata.jsonl"] == records
+    assert [image.getpixel((0, 0))[0] for image in synthetic.images.sources] == [0, 32, 64, 96]
+
+
 def test_the_sampler_takes_gradient_steps_only_where_there_is_a_loss(pipe, guides, oracle, monkeypatch):
     images, labels = guides[0][:4], guides[1][:4]
     moves, graphs, step, forward = [], [], actgen.gradient_step, pipe.unet.forward
 
-    def spy_step(c, gradient, nu):
-        moves.append((step(c, gradient, nu) - c).flatten(1).norm(dim=1))
-        return step(c, gradient, nu)
+    def spy_step(c, *arguments):
+        moves.append((step(c, *arguments) - c).flatten(1).norm(dim=1))
+        return step(c, *arguments)
 
     def spy_forward(x, *args, **kwargs):
         if torch.is_grad_enabled():
@@ -362,6 +394,44 @@ def test_the_adversarial_loss_makes_images_harder_for_the_classifier(pipe, guide
         F.cross_entropy(oracle(out.images), guides[1], reduction="none") for out in (without_losses, harder)
     )
     assert ttest_rel(after, before, alternative="greater").pvalue < 0.01
+
+
+def test_the_adversarial_loss_takes_the_decoders_memory_of_one_image():
+    """On the full decoder of Stable Diffusion 2.1, without computing: what autograd keeps at any one time."""
+    from diffusers import AutoencoderKL
+
+    widths = (128, 256, 512, 512)
+    with torch.device("meta"):
+        vae = AutoencoderKL(
+            sample_size=512, block_out_channels=widths, down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4, layers_per_block=2, latent_channels=4,
+        ).to(torch.bfloat16).requires_grad_(False)  # fmt: skip
+    pipe = SimpleNamespace(vae=vae, vae_scale_factor=8)
+    classifier = lambda x: x.mean((2, 3))  # noqa: E731
+    alive, peak = [0], [0]
+
+    class Kept:
+        def __init__(self, tensor):
+            self.tensor, self.bytes = tensor, tensor.numel() * tensor.element_size()
+            alive[0] += self.bytes
+            peak[0] = max(peak[0], alive[0])
+
+        def __del__(self):
+            alive[0] -= self.bytes
+
+    def peak_of(count):
+        alive[0] = peak[0] = 0
+        losses = actgen.Losses(
+            None, lambda x0, y: actgen.adversarial_loss(pipe, x0, y, classifier, 224),
+            [None] * count, torch.ones(count, dtype=torch.bool), torch.zeros(count, dtype=torch.long),
+        )  # fmt: skip
+        x0 = torch.empty(count, 4, 64, 64, device="meta")
+        with torch.autograd.graph.saved_tensors_hooks(Kept, lambda kept: kept.tensor), torch.enable_grad():
+            losses.gradient(x0, torch.arange(count))
+        return peak[0] / 2**30
+
+    one, four = peak_of(1), peak_of(4)
+    assert 1 < one < 4 and four < 1.05 * one  # GiB
 
 
 def test_decoding_fewer_pixels_for_the_adversarial_loss_points_the_same_way(

@@ -355,7 +355,7 @@ def synthesize(pipe, data, out, **changes):
 
 
 def test_without_noise_prompts_and_weights_it_is_da_fusion_bit_for_bit(pipe, data, tmp_path):
-    free = dict(strength=1.0, guidance_scale=8.0)  # the prompt has much to say
+    free = dict(strength=[1.0], guidance_scale=8.0)  # the prompt has much to say
     baseline, pixels, files = synthesize(pipe, data, tmp_path / "baseline", method="da_fusion", **free)
     parts = free | dict(prompts="none", weighting=False)
     same, _, ours = synthesize(pipe, data, tmp_path / "same", sigmas=[0.0] * 4, **parts)
@@ -365,6 +365,65 @@ def test_without_noise_prompts_and_weights_it_is_da_fusion_bit_for_bit(pipe, dat
     _, noisy, _ = synthesize(pipe, data, tmp_path / "noisy", **parts)
     plain, changed = abs(noisy - pixels).max((1, 2, 3)).reshape(-1, 2).T  # every second one has the noise
     assert plain.max() <= 2 < 20 < changed.min()
+
+
+def test_the_baselines_as_published_have_their_own_settings_and_a_strength_for_each_image(data):
+    settings = {}
+    for method in ("da_fusion", "da_fusion_published", "real_guidance_published"):
+        args = diagen.resolve(diagen.Args(dataset="folder", method=method))
+        settings[method] = (args.strength, args.guidance_scale, args.synthetic_probability)
+        assert (args.sigmas, args.prompts, args.weighting) == ([0.0], "none", False)
+        assert diagen.plan_jobs(args).keys() == {"standard augmentation", diagen.METHODS[method]}
+        prompts = diagen.find_prompts(args, None, data.class_names)
+        records = diagen.plan_variations(args, data, prompts)
+        assert {r["strength"] for r in records} == set(args.strength)
+        assert ("<" in records[0]["prompt"]) == method.startswith("da_fusion")
+        again = diagen.plan_variations(args, data, prompts)
+        assert again == records
+    assert settings == {
+        "da_fusion": ([0.7], 15.0, 0.7),
+        "da_fusion_published": ([1.0, 0.75, 0.5, 0.25], 7.5, 0.5),
+        "real_guidance_published": ([0.5], 7.5, 0.5),
+    }
+
+
+def test_images_of_several_strengths_are_drawn_at_their_own(pipe, data, tmp_path):
+    """In one batch, each as it is drawn alone."""
+    _, mixed, _ = synthesize(pipe, data, tmp_path / "mixed", method="real_guidance", strength=[0.3, 0.9])
+    records = common.read_file(tmp_path / "mixed" / "synthetic" / "metadata.jsonl")
+    assert {r["strength"] for r in records} == {0.3, 0.9}
+    for strength in (0.3, 0.9):
+        _, alone, _ = synthesize(
+            pipe, data, tmp_path / str(strength), method="real_guidance", strength=[strength]
+        )
+        own = np.array([r["strength"] == strength for r in records])
+        difference = abs(alone - mixed).max((1, 2, 3))
+        assert difference[own].max() <= 2 < 10 < difference[~own].min()
+
+
+@pytest.mark.parametrize("per_class, held", [(3, 30), (0, 30)])
+def test_validation_images_come_from_what_the_few_shot_draw_left(monkeypatch, capsys, per_class, held):
+    """Without a split of its own: as many again; if nothing is left, a quarter of the few, at least one."""
+    images = [Image.new("RGB", (8, 8), (i, 0, 0)) for i in range(120)]
+    labels = [i % 10 for i in range(120)]
+
+    def load(*_):
+        data = common.Data(
+            list("abcdefghij"), common.Images(images, labels, "train"), common.Images([], [], "test")
+        )
+        if per_class:
+            drawn = common.draw_per_class(labels, per_class, 0)
+            data.unlabelled = data.train.subset(np.setdiff1d(np.arange(120), drawn))
+            data.train = data.train.subset(drawn)
+        return data
+
+    monkeypatch.setattr(common, "data_of", load)
+    data = diagen.load_few(diagen.resolve(diagen.Args(dataset="folder", examples_per_class=per_class)), True)
+    reds = [{image.getpixel((0, 0))[0] for image in part.sources} for part in (data.train, data.val)]
+    assert not reds[0] & reds[1] and len(reds[1]) == held and data.val.transform == "test"
+    assert np.bincount(data.val.labels).tolist() == [3] * 10
+    assert len(data.train) == (30 if per_class else 90)
+    assert ("few-shot draw left" in capsys.readouterr().out) == bool(per_class)
 
 
 def test_the_batch_size_does_not_change_an_image(pipe, data, tmp_path):

@@ -80,7 +80,7 @@ def methods(k: int, images: int, seed: int, out: Path) -> dict:
 
     # methods that differ in their images alone: DIAGen's script makes them, DreamDA's trains on them
     for name, changes in {
-        "random text-to-image": dict(method="real_guidance", strength=1.0),
+        "random text-to-image": dict(method="real_guidance", strength=[1.0]),
         "Real Guidance": dict(method="real_guidance"),
         "DA-Fusion": dict(method="da_fusion"),
     }.items():

@@ -103,7 +103,7 @@ def main(seed: int) -> None:
         drawn = []
         for m in range(VARIATIONS):  # every variation has its own draw of the noise
             with diagen.NewTokens(sweep.pipe, sweep.tokens, noisy[:, m]):
-                drawn.append(sweep.draw(m, sweep.args.strength))
+                drawn.append(sweep.draw(m, sweep.args.strength[0]))
         sweep.report(sigma, drawn)
         grid.append(drawn[0][some])
     common.save_grid(torch.stack(grid, 1).flatten(0, 1), PICTURE, columns=len(grid), scale=2)
