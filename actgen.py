@@ -740,10 +740,11 @@ def run_once(args: Args, accelerator) -> dict:
     run = common.Run(args, accelerator)
     if result := run.result():
         return result
-    data, pipe, result = common.data_of(args), None, {}
-    if not args.real_only:
-        device, save_memory = accelerator.device, args.gradient_checkpointing
-        pipe = common.load_pipeline(args.diffusion, device, gradient_checkpointing=save_memory)
+    pipe, result, save_memory = None, {}, args.gradient_checkpointing
+    with accelerator.main_process_first():  # it downloads what is missing
+        data = common.data_of(args)
+        if not args.real_only:
+            pipe = common.load_pipeline(args.diffusion, accelerator.device, None, save_memory)
     check(args, accelerator, data, pipe)
     run.begin()
     if args.real_only or args.baseline:

@@ -1035,7 +1035,7 @@ def write_file(path: Path, value) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     if path.suffix == ".pt":
-        torch.save(value, buffer := io.BytesIO())  # to a file, it would hide that the disk is full
+        torch.save(value, buffer := io.BytesIO())  # to a file, it may hide that the disk is full
         with open(temporary, "wb") as f:
             f.write(buffer.getbuffer())
             f.flush()

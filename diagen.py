@@ -747,7 +747,11 @@ def draw_variations(args: Args, run, pipe, data: common.Data, records: list[dict
 
 def synthesize(args: Args, run: common.Run, pipe, data: common.Data, folder: Path) -> list[dict]:
     """Generates the variations of all real images in `folder`, and returns their metadata."""
+    device = pipe.device
+    if args.prompts == "llm":
+        pipe.to("cpu")  # to make room on the GPU for the language model
     records = plan_variations(args, data, find_prompts(args, run, data.class_names))
+    pipe.to(device)
     if learns_tokens(args):
         rows = learn_tokens(args, run, pipe, data)
         generators = [common.generator(args.seed, 3, c) for c in range(len(rows))]
@@ -963,10 +967,11 @@ def run_once(args: Args, accelerator) -> dict:
     run = common.Run(args, accelerator)
     if result := run.result():
         return result
-    data, pipe, result, synthetic = load_few(args, run.main), None, {}, {}
-    if not args.real_only and not args.synthetic:
-        device, save_memory = accelerator.device, args.gradient_checkpointing
-        pipe = common.load_pipeline(args.diffusion, device, gradient_checkpointing=save_memory)
+    pipe, result, synthetic, save_memory = None, {}, {}, args.gradient_checkpointing
+    with accelerator.main_process_first():  # it downloads what is missing
+        data = load_few(args, run.main)
+        if not (args.real_only or args.synthetic):
+            pipe = common.load_pipeline(args.diffusion, accelerator.device, None, save_memory)
     check(args, run, accelerator, data, pipe)
     run.begin()
     for title, job in plan_jobs(args).items():

@@ -794,13 +794,14 @@ def run_once(args: Args, accelerator) -> dict:
     run = common.Run(args, accelerator)
     if result := run.result():
         return result
-    data, pipe, records = common.data_of(args, unlabelled=args.unlabelled > 0), None, []
-    folder = Path(args.synthetic or args.out) / "synthetic"
-    if args.synthetic and not args.real_only:
-        records = common.read_records(folder, data.class_names)
-    elif not args.real_only:
-        pipe = common.load_pipeline(args.diffusion, accelerator.device)
-        records = records_of(args, data)
+    pipe, records, folder = None, [], Path(args.synthetic or args.out) / "synthetic"
+    with accelerator.main_process_first():  # it downloads what is missing
+        data = common.data_of(args, unlabelled=args.unlabelled > 0)
+        if not (args.real_only or args.synthetic):
+            pipe = common.load_pipeline(args.diffusion, accelerator.device)
+    if not args.real_only:
+        read = common.read_records
+        records = read(folder, data.class_names) if args.synthetic else records_of(args, data)
     check(args, accelerator, data, pipe)
     run.begin()
 

@@ -1,11 +1,13 @@
 """Data sets in their real file formats, classifiers, scores, pipelines, run folders and the command line."""
 
+import errno
 import gc
 import itertools
 import json
 import math
 import os
 import pickle
+import re
 import sys
 import warnings
 from hashlib import md5
@@ -17,12 +19,15 @@ import numpy as np
 import pytest
 import runs
 import torch
+import torch.nn.functional as F
 import torchvision
+from accelerate.state import AcceleratorState
 from PIL import Image
 from scipy import stats
 from sklearn import metrics
 
 import common
+from digits import pretrain
 
 RED, BLUE = (250, 10, 20), (10, 20, 250)
 
@@ -742,3 +747,118 @@ def test_a_value_below_the_least_or_an_unknown_choice_is_named():
         common.check_at_least(1, args, "epochs", "batch_size")
     with pytest.raises(common.UserError, match="unknown dataset 'cats'; choose one of: digits, cifar10$"):
         common.check_choice("dataset", "cats", RECIPES)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Models of another kind, machines of another kind
+
+
+def tiny_pipeline(folder, file=None, **unet):
+    """Saves an untrained copy of the embedded generator with another U-Net; file: a variant's name."""
+    pipe = pretrain.build_pipeline()
+    config = {k: v for k, v in pipe.unet.config.items() if not k.startswith("_")} | unet
+    pipe.unet = type(pipe.unet)(**config)
+    pipe.save_pretrained(folder, variant=file)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "unet, words",
+    [
+        (dict(in_channels=9), "its U-Net takes 9 channels for 4 latent ones, as for inpainting"),
+        (dict(addition_embed_type="text"), "its U-Net wants further conditions, as SDXL's does"),
+        (dict(cross_attention_dim=64), "its text encoder does not fit its U-Net"),
+    ],
+)
+def test_a_pipeline_of_another_kind_is_refused_at_loading(unet, words, tmp_path):
+    with pytest.raises(common.UserError, match=re.escape(words)):
+        common.load_pipeline(str(tiny_pipeline(tmp_path / "sd", **unet)))
+
+
+def test_a_folder_that_has_fp16_variants_only_is_loaded(tmp_path):
+    pipe = common.load_pipeline(str(tiny_pipeline(tmp_path / "sd", "fp16")))
+    assert not [*(tmp_path / "sd" / "unet").glob("diffusion_pytorch_model.safetensors")]
+    assert pipe.unet.dtype == torch.float32
+
+
+def test_a_single_file_and_a_missing_folder_are_told_apart(tmp_path, monkeypatch):
+    (tmp_path / "sd.safetensors").write_bytes(b"x")
+    with pytest.raises(common.UserError, match="it is a file; convert it by .*from_single_file"):
+        common.load_pipeline(str(tmp_path / "sd.safetensors"))
+    with pytest.raises(common.UserError, match="no such folder"):
+        common.load_pipeline(str(tmp_path / "nowhere"))
+
+
+@pytest.mark.parametrize("code", ["ENOLCK", "ENOSYS", "EOPNOTSUPP"])
+def test_a_file_system_without_locks_is_no_other_process(code, tmp_path, monkeypatch, capsys):
+    def acquire(self):
+        raise OSError(getattr(errno, code), "no locks here")
+
+    monkeypatch.setattr(common.FileLock, "acquire", acquire)
+    open_run(tmp_path).begin()
+    assert "cannot be locked; start no second run" in capsys.readouterr().out
+    assert (tmp_path / "config.json").exists()
+
+
+def test_a_loading_process_that_dies_for_lack_of_shared_memory_is_one_line(monkeypatch, capsys):
+    def main(args):
+        raise RuntimeError(
+            "DataLoader worker (pid 7) is killed by signal: Bus error. insufficient shared memory"
+        )
+
+    monkeypatch.setattr("sys.argv", ["actgen.py"])
+    monkeypatch.setitem(sys.modules, "__main__", common)
+    with pytest.raises(SystemExit) as stop:
+        common.cli(main, common.RunArgs)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and "--workers" in error and "--shm-size" in error and error.count("\n") == 1
+
+
+def test_a_full_disk_shows_as_an_oserror_also_while_tensors_are_written(tmp_path):
+    """torch.save may hide it in a RuntimeError of its own."""
+    (tmp_path / "x.pt.tmp").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left"):
+        common.write_file(tmp_path / "x.pt", {"x": torch.zeros(10_000)})
+
+
+def test_precision_is_the_launchers_if_it_names_one(monkeypatch):
+    for named, found in (("bf16", "bf16"), ("no", "no")):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", named)
+        assert common.make_accelerator().mixed_precision == found
+    AcceleratorState._reset_state(reset_partial_state=True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
+    assert common.native_dtype(torch.device("cuda")) == torch.float16
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    assert common.native_dtype(torch.device("cuda")) == torch.bfloat16
+
+
+def test_a_photograph_is_squeezed_whole_or_cropped():
+    photo = Image.new("RGB", (80, 40), RED)
+    photo.paste(BLUE, (0, 0, 20, 40))  # the left quarter, which a crop loses
+    whole, crop = (common.make_transforms(16, "none", how)[1](photo) for how in ("squeeze", "crop"))
+    assert whole.shape == crop.shape == (3, 16, 16)
+    assert whole[2, :, :3].min() > 0.9 and whole[0, :, 5:].min() > 0.9 and crop[0].min() > 0.8
+
+
+def test_the_class_mean_counts_rare_classes_as_much(tmp_path):
+    labels = torch.tensor([0] * 90 + [1] * 10)
+    logits = F.one_hot(torch.zeros(100, dtype=torch.long), 3).float()
+    scores = common.scores(logits, labels)
+    assert scores["top1"] == pytest.approx(0.9) and scores["class_mean"] == 0.5
+
+
+def test_the_last_batch_is_left_out_unless_it_is_the_only_one():
+    images = common.Images([Image.new("RGB", (4, 4))] * 10, range(10), common.make_transforms(4, "none")[1])
+    accelerator = common.make_accelerator()
+    sizes = [[len(y) for _, y in common.make_loader(images, b, accelerator, (0,))] for b in (4, 10, 16)]
+    assert sizes == [[4, 4], [10], [10]]
+    assert [len(y) for _, y in common.make_loader(images, 4, accelerator)] == [4, 4, 2]  # to evaluate, all
+
+
+def test_processes_draw_different_augmentations():
+    drawn = []
+    for index in range(2):
+        common.seed_everything(SimpleNamespace(process_index=index), 3, 1)
+        drawn.append(torch.rand(4))
+    assert not torch.equal(*drawn)
