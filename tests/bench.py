@@ -149,6 +149,15 @@ def dreamda_calls(pipe, steps):
         latents = dreamda.vary(pipe, inverted, sources, prompts(b), generators(b), guidance_scale=scale)
         common.decode(pipe, latents)
 
+    def path_each(b):  # the paths share z_T
+        image = torch.rand(1, 3, pixels, pixels).expand(b, -1, -1, -1)
+        starts = [common.generator(0) for _ in range(b)]
+        options = dict(steps=steps, rows=2 * b, start_generators=starts)
+        inverted = dreamda.invert(pipe, image, generators(b), **options)
+        sources = torch.arange(b)
+        latents = dreamda.vary(pipe, inverted, sources, prompts(b), generators(b), guidance_scale=scale)
+        common.decode(pipe, latents)
+
     def stock_cycle(b):
         image, source = torch.rand(1, 3, pixels, pixels), dict(source_guidance_scale=1.5)
         cycle(prompts(1)[0], "", image, generator=generators(1)[0], output_type="np", **source, **options)
@@ -156,6 +165,7 @@ def dreamda_calls(pipe, steps):
     return {
         "stock StableDiffusionImg2ImgPipeline, DDIM": (stock, None),
         "DreamDA, one image inverted and varied": (one_source, None),
+        "DreamDA, a path for each variation": (path_each, None),
         "stock CycleDiffusionPipeline, one image": (stock_cycle, 1),
     }
 

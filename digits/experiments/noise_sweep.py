@@ -51,10 +51,12 @@ class Sweep:
     def generators(self, key: int) -> list[torch.Generator]:
         return [common.generator(key, i) for i in range(len(self.images))]
 
-    def invert(self, key: int, method: str = "cycle"):
-        """Inverts every source image; another key gives other random draws."""
-        steps = self.recipe["steps"]
-        return dreamda.invert(self.pipe, self.images, self.generators(key), method=method, steps=steps)
+    def invert(self, key: int, method: str = "cycle", start: int | None = None):
+        """Inverts every source image; another key gives other random draws. start: a key for z_T alone."""
+        options = dict(method=method, steps=self.recipe["steps"])
+        if start is not None:
+            options["start_generators"] = self.generators(start)
+        return dreamda.invert(self.pipe, self.images, self.generators(key), **options)
 
     def vary(self, inverted, key: int, **perturbation) -> torch.Tensor:
         """The latents of one variation of every source image."""
@@ -101,6 +103,14 @@ def main() -> None:
     for method, name in (("none", "no inversion (img2img)"), ("cycle", "two inversions")):
         pair = [sweep.invert(key, method) for key in (1, 2)]
         sweep.report(name, "", [sweep.vary(inverted, 0, perturb="none", noise_scale=0) for inverted in pair])
+
+    # a path for each variation, from one z_T, with and without noise on the bottleneck
+    pair = [sweep.invert(key, start=9) for key in (1, 2)]
+    for scale in (0, 3, 6, 12):
+        drawn = [
+            sweep.vary(inverted, key, noise_scale=scale) for inverted, key in zip(pair, (3, 4), strict=True)
+        ]
+        sweep.report("bottleneck, a path each", scale, drawn)
 
     # one inversion, and noise in one place after the other
     inverted, figure = sweep.invert(1), Figure(figsize=(6, 4), layout="constrained")
