@@ -1,6 +1,7 @@
 """Fixtures of several test files: the embedded generator, the digits world, small data sets, quick runs."""
 
 import itertools
+import os
 import sys
 from pathlib import Path
 
@@ -9,6 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # two tests run side by side, so each and its processes have a thread
+    torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", "1")))
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 pytest.register_assert_rewrite("runs")

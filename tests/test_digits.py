@@ -1,6 +1,6 @@
 """The digits world, its judge, the embedded generator, its training, and the comparison of all methods.
 
-pytest -s tests/test_digits.py          prints what it measures of the generator
+pytest -s -n 0 tests/test_digits.py     prints what it measures of the generator
 """
 
 import gc
