@@ -252,7 +252,10 @@ class ClassAttention:
         if self.on and self.heard is not None:
             rows, images = self.heard
             with torch.no_grad():
-                probabilities = (q[rows] @ k[rows].transpose(-1, -2) * attn.scale).float().softmax(-1)
+                scores = (q[rows] * attn.scale) @ k[rows].transpose(
+                    -1, -2
+                )  # in this order fp16 does not overflow
+                probabilities = scores.float().softmax(-1)
                 maps = torch.einsum("bhnl,bl->bn", probabilities, self.token_weights[images]) / attn.heads
                 self.maps.index_add_(0, images, maps)
         out = attn.to_out[0](out.transpose(1, 2).flatten(2).to(q.dtype))
@@ -332,7 +335,7 @@ class Losses:
 
     contrastive(x0, bank): w L_contra of one image; adversarial(x0, y): lambda L_adv, summed over images
     banks: for each image the latents [N, C, h, w] that L_contra compares it with, or None
-    hard: [B] bools, which images have L_adv; labels: [B]
+    hard: [B] bools, which images have L_adv; labels: [B], on the device of x0
     """
 
     def __init__(self, contrastive, adversarial, banks: list, hard: torch.Tensor, labels: torch.Tensor):
@@ -346,7 +349,8 @@ class Losses:
     def gradient(self, x0: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
         """The gradient of L = w L_contra + lambda L_adv by x^_0 [A, C, h, w] of the A `images` of the batch.
 
-        One image after the other: the decoder's memory is that of one image, however many have L_adv.
+        Each image's gradient has length 1, or 0: equation (2) does not depend on its length. One image comes
+        after the other: the decoder's memory is that of one image, however many have L_adv.
         """
         gradients = []
         for z, b in zip(x0.detach(), images.tolist(), strict=True):
@@ -354,8 +358,9 @@ class Losses:
             if self.banks[b] is not None:
                 loss = loss + self.contrastive(z[0], self.banks[b].to(z))
             if self.hard[b]:
-                loss = loss + self.adversarial(z, self.labels[b : b + 1].to(z.device))
-            gradients += torch.autograd.grad(loss, z)
+                loss = loss + self.adversarial(z, self.labels[b : b + 1])
+            (gradient,) = torch.autograd.grad(1024 * loss, z)  # scaled, because fp16 has no small numbers
+            gradients.append(gradient / gradient.norm().clamp(min=1e-20))
         return torch.cat(gradients)
 
 
@@ -525,7 +530,7 @@ def generate(
         ),
         draw_banks(bank or {}, labels, guided & (contrastive_weight > 0), own, device),
         adversarial & (classifier is not None) & (adversarial_weight > 0),
-        labels,
+        labels.to(device),  # once: a copy to a GPU makes the host wait
     )
     with_loss, nobody = losses.images(), torch.tensor([], dtype=torch.long)
     centre = torch.as_tensor(guidance_centre, dtype=torch.float32).expand(B)

@@ -3,11 +3,11 @@
 Images are float [B, 3, H, W] in [0, 1] between functions. Latents are scaled by the VAE's scaling factor.
 Every image has a random generator of its own, which is passed in, so the batch size never changes a draw.
 
-What is equal, and how far: the same command on the same machine with the same number of threads gives the
-same bits, also if it was stopped and given again. With another batch size, another number of processes or
-threads, or another processor, sums are added up in another order. Images then differ by rounding, which is a
-grey level or two of 255, unless something amplifies it: ActGen's normalised gradient steps do at a large nu,
-and so do many epochs of training.
+What is equal, and how far: on a CPU, the same command on the same machine with the same number of threads
+gives the same bits, also if it was stopped and given again. (Some operations of CUDA add up in random order.)
+With another batch size, another number of processes or threads, or another processor, sums are added up in
+another order. Images then differ by rounding, which is a grey level or two of 255, unless something amplifies
+it: ActGen's normalised gradient steps do at a large nu, and so do many epochs of training.
 """
 
 import argparse
@@ -969,6 +969,7 @@ class Run:
         is left out) and the log. After each it saves them, and writes what the epoch gave to `log` as a line
         of metrics.jsonl. seconds[title] counts the time, without that of `missing`.
         """
+        parts |= {"scaler": getattr(self.accelerator, "scaler", None)}  # of the losses, in fp16
         parts = {key: part for key, part in parts.items() if part is not None}
         state = read_file(self.path / f"{slug(title)}.pt")
         for key, part in parts.items() if state else ():

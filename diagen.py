@@ -213,7 +213,7 @@ def draw_examples(latents, token: str, templates: list[str], timesteps: int, bat
     """
     i = torch.randint(latents.shape[1], (batch_size,), generator=generator)
     view = torch.randint(len(latents), (batch_size,), generator=generator)
-    z = latents[view.to(latents.device), i.to(latents.device)]
+    z = latents[view, i]
     t = torch.randint(timesteps, (batch_size,), generator=generator)
     noise = torch.randn(z.shape, generator=generator)
     template = torch.randint(len(templates), (batch_size,), generator=generator)
@@ -250,7 +250,8 @@ def textual_inversion(
     timesteps, dtype, keys = scheduler.config.num_train_timesteps, pipe.unet.dtype, keys or range(T)
     with torch.no_grad():
         views = [common.encode(pipe, x).float() for x in ((images, images.flip(-1)) if flip else (images,))]
-    latents = [torch.stack(views)[:, labels == c] for c in range(T)]
+    # on the CPU, because a copy to a GPU makes the host wait: the examples of all tokens go there as one
+    latents = [torch.stack(views)[:, labels == c].cpu() for c in range(T)]
     rows = nn.Parameter(start.clone().to(device))
     optimizer = torch.optim.AdamW([rows], lr, weight_decay=0.0)
     with NewTokens(pipe, tokens, rows):
@@ -458,7 +459,8 @@ def img2img(
     strength: t_0, as a share of the noise schedule
     guidance_scale: s; up to 1 there is no guidance, only the prompt, as in diffusers
 
-    The images are bit-equal to those of diffusers' StableDiffusionImg2ImgPipeline with DDIM. Raises UserError
+    In fp32 the images are bit-equal to those of diffusers' StableDiffusionImg2ImgPipeline with DDIM; in half
+    precision the steps stay in fp32, which is closer to fp32's images than diffusers is. Raises UserError
     if no step is left.
     """
     from diffusers.utils.torch_utils import randn_tensor
@@ -467,11 +469,12 @@ def img2img(
     guided = guidance_scale > 1
     c, empty = pipe.encode_prompt(prompts, pipe.device, 1, guided)
     text = torch.cat([empty, c]) if guided else c
-    z = latents.to(pipe.device, c.dtype)
-    xi = randn_tensor(z.shape, generators, pipe.device, c.dtype)
+    z = latents.to(pipe.device, torch.float32)
+    xi = randn_tensor(z.shape, generators, pipe.device)
     x = scheduler.add_noise(z, xi, timesteps[:1])  # (3)
     for t in timesteps:
-        output = pipe.unet(torch.cat([x, x]) if guided else x, t, text).sample
+        rows = torch.cat([x, x]) if guided else x
+        output = pipe.unet(rows.to(c.dtype), t, text).sample.float()
         if guided:
             output_empty, output_c = output.chunk(2)
             output = output_empty + guidance_scale * (output_c - output_empty)  # (4)

@@ -380,6 +380,7 @@ def vary(
     perturb, noise_scale, relative_noise, paired_noise: see Perturbation, which adds s n_t to h
     """
     s, text = inverted.steps, embed(pipe, prompts, guidance_scale)
+    sources = sources.to(inverted.start.device)  # once: a copy to a GPU makes the host wait
     y = inverted.start[sources]  # (5)
     with Perturbation(pipe.unet, perturb, noise_scale, generators, relative_noise, paired_noise):
         for i in range(len(s.t)):

@@ -421,9 +421,10 @@ def test_the_adversarial_loss_takes_the_decoders_memory_of_one_image():
 
     def peak_of(count):
         alive[0] = peak[0] = 0
+        labels = torch.zeros(count, dtype=torch.long, device="meta")
         losses = actgen.Losses(
             None, lambda x0, y: actgen.adversarial_loss(pipe, x0, y, classifier, 224),
-            [None] * count, torch.ones(count, dtype=torch.bool), torch.zeros(count, dtype=torch.long),
+            [None] * count, torch.ones(count, dtype=torch.bool), labels,
         )  # fmt: skip
         x0 = torch.empty(count, 4, 64, 64, device="meta")
         with torch.autograd.graph.saved_tensors_hooks(Kept, lambda kept: kept.tensor), torch.enable_grad():
