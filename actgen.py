@@ -607,7 +607,7 @@ def draw_variants(args: Args, run, pipe, classifier, gen_val, names, records: li
         if batch[0] == 0 and guided.any():  # a picture to look at: guide | mask | generated
             masks = F.interpolate(out.masks.cpu(), (pixels, pixels), mode="bilinear").expand(-1, 3, -1, -1)
             triples = torch.stack([guides, masks, out.images.cpu()], 1)[guided][:12].flatten(0, 1)
-            picture = run.path / "samples" / f"{files[0].stem[:4]}.png"
+            picture = run.path / "samples" / f"epoch-{records[0]['seed'][1] + 1:03d}.png"
             common.save_grid(triples, picture, columns=12, scale=max(1, 64 // pixels))
         run.keep(out.images, [files[j] for j in batch], out.latents)
 
