@@ -155,19 +155,16 @@ def make_transforms(size: int, augment: str, how: str = "crop"):
     """
     from torchvision.transforms import v2
 
-    to_tensor, flip, turn = (
-        [v2.ToImage(), v2.ToDtype(torch.float32, scale=True)],
-        v2.RandomHorizontalFlip(),
-        15,
-    )
+    to_tensor = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True)]
+    flip, turn = v2.RandomHorizontalFlip(), v2.RandomRotation(15)
     pad, kind = max(1, size // 8), augment.removesuffix("+randaugment")
     plain = square(size, "squeeze" if kind in ("squeezed", "zoomed") else how)
     kinds = {
         "digits": [*plain, v2.RandomCrop(size, padding=pad // 2, padding_mode="reflect")],
         "crop": [*plain, v2.RandomCrop(size, padding=pad), flip],
         "resized": [v2.RandomResizedCrop(size), flip],
-        "squeezed": [*plain, flip, v2.RandomRotation(turn)],
-        "zoomed": [v2.RandomResizedCrop(size, scale=(0.7, 1.0)), flip, v2.RandomRotation(turn)],
+        "squeezed": [*plain, flip, turn],
+        "zoomed": [v2.RandomResizedCrop(size, scale=(0.7, 1.0)), flip, turn],
         "none": plain,
     }
     check_choice("augment", kind, kinds)
@@ -642,12 +639,6 @@ def cosine(progress: float, warmup: float = 0.0) -> float:
     return 0.5 * (1 + math.cos(math.pi * (progress - warmup) / (1 - warmup)))
 
 
-def averaged(model: nn.Module, decay: float) -> nn.Module:
-    """An exponential moving average of the weights and buffers; update_parameters(model) advances it."""
-    average = torch.optim.swa_utils.get_ema_multi_avg_fn(decay)
-    return torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=average, use_buffers=True)
-
-
 class Best:
     """The weights of the epoch with the highest score so far: early stopping, and a part of a checkpoint."""
 
@@ -713,15 +704,12 @@ def make_loader(
     # Accelerator.prepare would keep every loader alive
     from accelerate.data_loader import prepare_data_loader
 
-    processes = accelerator.num_processes
-    require(
-        batch_size % processes == 0, f"--batch_size {batch_size} is not a multiple of {processes} processes"
-    )
-    options = {"num_workers": workers, "pin_memory": accelerator.device.type == "cuda"}
+    whole = batch_size % accelerator.num_processes == 0
+    require(whole, f"--batch_size {batch_size} is not a multiple of {accelerator.num_processes} processes")
+    options = {"num_workers": min(workers, os.cpu_count()), "pin_memory": accelerator.device.type == "cuda"}
     if seed is not None:
-        order = torch.utils.data.RandomSampler(
-            images, num_samples=samples or None, generator=generator(*seed)
-        )
+        draw = {"num_samples": samples or None, "generator": generator(*seed)}
+        order = torch.utils.data.RandomSampler(images, **draw)
         options |= {"sampler": order, "drop_last": len(order) >= batch_size}
     return prepare_data_loader(
         torch.utils.data.DataLoader(images, batch_size, **options),
@@ -733,10 +721,10 @@ def make_loader(
     )
 
 
-def train_epoch(model, loader, optimizer, lr_at, accelerator, ema=None) -> dict[str, float]:
+def train_epoch(model, loader, optimizer, lr_at, accelerator) -> dict[str, float]:
     """Trains for one pass over the loader with cross-entropy. Returns the mean loss and the accuracy.
 
-    lr_at(i): the learning rate of batch i; ema: the moving average to advance, if any
+    lr_at(i): the learning rate of batch i
     """
     model.train()
     total, loss_sum, correct = 0, torch.zeros((), device=accelerator.device), 0
@@ -749,12 +737,10 @@ def train_epoch(model, loader, optimizer, lr_at, accelerator, ema=None) -> dict[
         optimizer.zero_grad(set_to_none=True)
         accelerator.backward(loss)
         optimizer.step()
-        if ema is not None:
-            ema.update_parameters(accelerator.unwrap_model(model))
         total += len(y)
         loss_sum += loss.detach() * len(y)
         correct += (logits.detach().argmax(1) == y).sum()
-    share_buffers(accelerator, model, ema)
+    share_buffers(accelerator, model)
     return {"loss": finite(loss_sum) / total, "accuracy": float(correct) / total}
 
 
@@ -764,10 +750,10 @@ def finite(loss: torch.Tensor) -> float:
     return float(loss)
 
 
-def share_buffers(accelerator, *models) -> None:
+def share_buffers(accelerator, model) -> None:
     """Gives every process the batch-norm statistics of the first, so that all judge alike."""
     if accelerator.num_processes > 1:
-        for buffer in itertools.chain(*(model.buffers() for model in models if model is not None)):
+        for buffer in model.buffers():
             torch.distributed.broadcast(buffer, 0)
 
 
@@ -894,9 +880,8 @@ class Run:
 
     def _empty(self) -> None:
         if (self.path / "config.json").exists():  # else it is no run's folder
-            for old in sorted(
-                self.path.iterdir(), key=lambda old: old.name == "config.json"
-            ):  # it is the last
+            # config.json goes last: without it, what is left would count as no run's
+            for old in sorted(self.path.iterdir(), key=lambda path: path.name == "config.json"):
                 if old.name != ".lock":
                     shutil.rmtree(old) if old.is_dir() else old.unlink()
 

@@ -265,6 +265,12 @@ def noise_errors(pipe, latents: torch.Tensor, captions: torch.Tensor, empty: tor
     return (pipe.unet(x, t, text).sample - noise).square().mean((1, 2, 3)), t
 
 
+def averaged(model: nn.Module, decay: float) -> nn.Module:
+    """An exponential moving average of the weights and buffers; update_parameters(model) advances it."""
+    average = torch.optim.swa_utils.get_ema_multi_avg_fn(decay)
+    return torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=average, use_buffers=True)
+
+
 def train_unet(args: Args, run: common.Run, pipe, latents: torch.Tensor, captions: torch.Tensor):
     """Trains the U-Net and the text encoder to predict noise, and returns their averaged weights.
 
@@ -273,7 +279,7 @@ def train_unet(args: Args, run: common.Run, pipe, latents: torch.Tensor, caption
     """
     pipe.unet.to(memory_format=torch.channels_last)  # a sixth faster on the CPU
     model = nn.ModuleDict({"unet": pipe.unet, "text_encoder": pipe.text_encoder})
-    ema = common.averaged(model, 0.999)
+    ema = averaged(model, 0.999)
     optimizer = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=0.01)
     alphas = pipe.scheduler.alphas_cumprod.to(latents.device)
     weights = torch.clamp(5 * (1 - alphas) / alphas, max=1)  # SNR = alpha-bar / (1 - alpha-bar)
@@ -304,7 +310,7 @@ def train_unet(args: Args, run: common.Run, pipe, latents: torch.Tensor, caption
 # The weights
 
 
-def save_pipeline(pipe, averaged: nn.ModuleDict, folder: Path) -> None:
+def save_pipeline(pipe, weights: nn.ModuleDict, folder: Path) -> None:
     """Writes the pipeline with the averaged U-Net and text encoder, in diffusers' layout.
 
     All is stored as fp16 but the text encoder, because transformers computes in the type that it finds, while
@@ -312,8 +318,8 @@ def save_pipeline(pipe, averaged: nn.ModuleDict, folder: Path) -> None:
     """
     half = copy.copy(pipe)
     half.vae = copy.deepcopy(pipe.vae).half()
-    half.unet = copy.deepcopy(averaged["unet"]).to(memory_format=torch.contiguous_format).half()
-    half.text_encoder = copy.deepcopy(averaged["text_encoder"])
+    half.unet = copy.deepcopy(weights["unet"]).to(memory_format=torch.contiguous_format).half()
+    half.text_encoder = copy.deepcopy(weights["text_encoder"])
     half.save_pretrained(folder)
 
 
@@ -355,10 +361,10 @@ def train(args: Args) -> None:
     latents = encode_pool(pipe.vae, images)
 
     # the generator in its latents
-    averaged = train_unet(args, run, pipe, latents, captions)
+    weights = train_unet(args, run, pipe, latents, captions)
 
     folder = Path(args.folder)
-    save_pipeline(pipe, averaged, folder / "sd")
+    save_pipeline(pipe, weights, folder / "sd")
     save_classifier(oracle, folder / "oracle")
     features = {k.removeprefix("features."): w for k, w in backbone.items() if k.startswith("features.")}
     save_classifier(features, folder / "backbone")

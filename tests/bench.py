@@ -5,6 +5,7 @@
     python tests/bench.py --batch_sizes 1 4 8   on a GPU: the full architecture of Stable Diffusion (2.1 for
                                                 ActGen, 1.5 for the others), random weights, bf16, 512x512
     python tests/bench.py --flops               counts the operations of an ActGen image, on any machine
+    python tests/bench.py --scale 10000 100000   AMST's targets for so many images of 1,000 classes
 
 The calls of a table take turns, so that a change in the machine's load meets all of them. What is timed:
     ActGen     its most expensive setting: guide, attention mask, and both losses on for every image
@@ -259,6 +260,30 @@ def time_method(calls: dict, b: int, rounds: int) -> None:
         print(f"| {b} | {name} | {values.median():.4f} | {ratio:.2f} | {peak} |")
 
 
+def measure_scale(counts: list[int]) -> None:
+    """Prints the time per image and the peak memory of AMST's targets, for data sets of growing size.
+
+    The images are tiny and the classifier is a stub: only what grows with the data set is left.
+    """
+    import resource
+
+    from PIL import Image
+
+    class Stub(torch.nn.Module):
+        def forward(self, x):
+            return x.mean((1, 2, 3)).view(-1, 1, 1) * torch.linspace(0, 50, 1000).expand(5, -1)
+
+    args = dreamda.resolve(dreamda.Args(dataset="imagenet"))
+    accelerator, to_tensor = common.make_accelerator(), common.make_transforms(8, "none")[1]
+    print("| images | ms/image | peak memory, GiB |\n|---|---|---|")
+    for n in sorted(counts):
+        images = common.Images([Image.new("RGB", (8, 8), (200, 100, 50))] * n, [0] * n, to_tensor)
+        pool, clock = dreamda.Pool(images, torch.zeros(n, dtype=torch.long)), time.perf_counter()
+        dreamda.predict_targets(args, accelerator, Stub(), pool, "amst")
+        seconds, peak = time.perf_counter() - clock, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        print(f"| {n} | {1000 * seconds / n:.2f} | {peak / 2**20:.1f} |", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--methods", nargs="+", default=[*BATCH], choices=[*BATCH])
@@ -266,9 +291,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="number of times that each call is timed")
     parser.add_argument("--steps", type=int, help="sampling steps; by default the method's own")
     parser.add_argument("--flops", action="store_true", help="count operations instead")
+    parser.add_argument(
+        "--scale", type=int, nargs="+", help="measure AMST's targets for so many images instead"
+    )
     options = parser.parse_args()
     if options.flops:
         return count_flops()
+    if options.scale:
+        return measure_scale(options.scale)
     machine = torch.cuda.get_device_name() if GPU else f"CPU, {torch.get_num_threads()} threads"
     print(f"{machine}; torch {torch.__version__}; medians of {options.rounds} rounds, interleaved")
     print("| batch | what | s/image | ratio to stock | peak GPU memory, GiB |\n|---|---|---|---|---|")

@@ -1,5 +1,6 @@
 """Helpers of the tests that run a script as a user does; `script` is the script's module."""
 
+import atexit
 import gc
 import io
 import itertools
@@ -47,6 +48,7 @@ IMPORTED = (
     StableDiffusionPipeline,
 )
 gc.freeze()
+atexit.register(gc.unfreeze)
 TWO_PROCESSES = "-m torch.distributed.run --standalone --nproc_per_node 2".split()
 
 

@@ -17,7 +17,6 @@ from types import SimpleNamespace
 import diffusers
 import numpy as np
 import pytest
-import runs
 import torch
 import torch.nn.functional as F
 import torchvision
@@ -27,6 +26,7 @@ from scipy import stats
 from sklearn import metrics
 
 import common
+import runs
 from digits import pretrain
 
 RED, BLUE = (250, 10, 20), (10, 20, 250)
@@ -249,7 +249,7 @@ def test_the_learning_rate_is_torchs_cosine_and_warms_up_linearly():
 
 def test_averaged_weights_follow_the_model_at_decay_0_and_lag_otherwise():
     model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.BatchNorm1d(3))
-    follower, laggard = common.averaged(model, 0.0), common.averaged(model, 0.9)
+    follower, laggard = pretrain.averaged(model, 0.0), pretrain.averaged(model, 0.9)
     for value in (1.0, 2.0, 3.0):
         model(torch.randn(8, 3))
         torch.nn.init.constant_(model[0].weight, value)
@@ -416,7 +416,7 @@ def train(path, titles=("first", "second"), die=None):
     for title in titles:
         torch.manual_seed(0)
         net = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4))
-        ema, optimizer = common.averaged(net, 0.5), torch.optim.Adam(net.parameters(), 0.1)
+        ema, optimizer = pretrain.averaged(net, 0.5), torch.optim.Adam(net.parameters(), 0.1)
         best = common.Best()
         for epoch in run.epochs(title, 4, model=net, ema=ema, nothing=None, optimizer=optimizer, best=best):
             common.seed_everything(common.make_accelerator(), 0, epoch)
