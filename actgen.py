@@ -23,7 +23,6 @@ Paper to code:
 
 import itertools
 import math
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -624,8 +623,7 @@ class Synthetic:
     def add(self, run: common.Run, records: list[dict], size: int) -> None:
         """Adds the images of an epoch's records, at `size` pixels, and their latents; lists the records."""
         files = [run.path / "synthetic" / record["file_name"] for record in records]
-        with ThreadPoolExecutor() as pool:
-            self.images.sources += pool.map(lambda file: common.keep_small(file, size), files)
+        self.images.sources += common.keep_small(files, size)
         self.images.labels += [record["label"] for record in records]
         new = {}
         for file, record in zip(files, records, strict=True):

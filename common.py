@@ -23,6 +23,7 @@ import shutil
 import sys
 import textwrap
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -1085,12 +1086,17 @@ def read_records(folder: Path, class_names: list[str]) -> list[dict]:
     return records
 
 
-def keep_small(path: Path, size: int):
-    """A synthetic image as a training source: up to 64 pixels in memory at that size, else its path."""
+def keep_small(files: list[Path], size: int) -> list:
+    """Synthetic images as sources of Images: up to 64 pixels in memory at that size, else their paths."""
+
+    def read(file: Path) -> Image.Image:
+        image = open_image(file)
+        return image if image.size == (size, size) else image.resize((size, size), Image.Resampling.LANCZOS)
+
     if size > 64:
-        return path
-    image = open_image(path)
-    return image if image.size == (size, size) else image.resize((size, size), Image.Resampling.LANCZOS)
+        return files
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(read, files))
 
 
 def to_pil(image: torch.Tensor) -> Image.Image:

@@ -818,7 +818,7 @@ def judge_variations(args: Args, run: common.Run, data: common.Data, images: com
 
 def weigh(args: Args, run: common.Run, data: common.Data, records: list[dict], folder: Path) -> Synthetic:
     """Weighs the images of the records, which are in `folder`, and writes the weights into the metadata."""
-    sources = [common.keep_small(folder / record["file_name"], args.image_size) for record in records]
+    sources = common.keep_small([folder / record["file_name"] for record in records], args.image_size)
     images = common.Images(sources, [record["label"] for record in records], data.train.transform)
     plain, N, M = images.transformed(data.test.transform), len(data.train), args.variations
     report = {"synthetic": N * M, "generation": run.seconds.get(f"{folder.name} images", 0.0)}

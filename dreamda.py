@@ -609,7 +609,7 @@ def make_pool(args: Args, accelerator, data: common.Data, folder: Path, records)
 
     On digits also the distances of the synthetic images to the real test images.
     """
-    sources = [common.keep_small(folder / record["file_name"], args.image_size) for record in records]
+    sources = common.keep_small([folder / record["file_name"] for record in records], args.image_size)
     images = common.Images(sources, [record["label"] for record in records], data.test.transform)
     pool, distances = Pool(images, torch.tensor(images.labels)), {}
     if args.dataset == "digits":

@@ -426,6 +426,16 @@ def test_validation_images_come_from_what_the_few_shot_draw_left(monkeypatch, ca
     assert ("few-shot draw left" in capsys.readouterr().out) == bool(per_class)
 
 
+def test_gradient_checkpointing_changes_no_token(few):
+    learned = []
+    for on in (False, True):
+        pipe = common.load_pipeline(common.DIGITS_SD, gradient_checkpointing=on)
+        start = diagen.initial_embeddings(pipe, ["one"], "background")
+        images, labels = few[0][:2], torch.zeros(2, dtype=torch.long)
+        learned.append(diagen.textual_inversion(pipe, images, labels, ["<one>"], start, steps=3, lr=0.02))
+    assert (learned[0] - start).norm() > 0.1 and torch.allclose(*learned, atol=1e-4)
+
+
 def test_the_batch_size_does_not_change_an_image(pipe, data, tmp_path):
     images = [
         synthesize(pipe, data, tmp_path / f"{size}", generation_batch_size=size, method="real_guidance")[1]

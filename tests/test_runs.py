@@ -14,6 +14,12 @@ import pytest
 import torch
 import torchvision
 from PIL import Image
+
+import actgen
+import common
+import diagen
+import dreamda
+from digits import judge, world
 from runs import (
     TWO_PROCESSES,
     begun_by_two,
@@ -35,12 +41,6 @@ from runs import (
     the_error,
     tiny_clip,
 )
-
-import actgen
-import common
-import diagen
-import dreamda
-from digits import judge, world
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -386,6 +386,20 @@ def test_images_that_are_missing_are_drawn_again_the_same(tmp_path, uninterrupte
     assert in_child(lambda: a_run(dreamda, tmp_path)) == 0
     assert result_and_files(tmp_path) == expected
     assert sum(path.stat().st_mtime_ns != time for path, time in times.items()) == 12
+
+
+def test_a_run_goes_on_with_less_memory(tmp_path, uninterrupted):
+    """Another batch size of generation and other loading processes, the images but for rounding."""
+    (scores, _), _ = uninterrupted(dreamda)
+    assert in_child(lambda: (die_at(common, "save_png", 8), a_run(dreamda, tmp_path / "run"))) == 9
+    less = DIGITS[dreamda] | dict(
+        paths=2, unlabelled=4, generation_batch_size=2, workers=1, out=tmp_path / "run"
+    )
+    status, _, stderr = in_this_process(dreamda, "--gradient_checkpointing", **less)
+    assert status == 0, stderr
+    assert in_child(lambda: a_run(dreamda, tmp_path / "whole")) == 0
+    assert grey_levels(tmp_path / "run", tmp_path / "whole") <= 2
+    assert list(json.loads((tmp_path / "run" / "result.json").read_text())) == list(scores)
 
 
 def test_ctrl_c_says_that_the_run_can_go_on(mine, monkeypatch):
@@ -802,6 +816,13 @@ def test_several_processes_draw_what_one_does(script, striped, tmp_path):
     if script is dreamda:
         begun_by_two(script, three, 3, **arguments)
         assert in_this_process(script, **arguments, out=three)[0] == 0
+
+    if script is actgen:  # few-shot confidence is that before training, so that guidance does not fade
+        plans = [json.loads(path.read_text())["records"] for path in sorted(one.glob("plans/*.json"))]
+        centres = {r["guide_index"]: {r["centre"]} for r in plans[0]}
+        for r in sum(plans, []):
+            centres.setdefault(r["guide_index"], set()).add(r["centre"])
+        assert all(len(c) == 1 for c in centres.values()) and min(map(min, centres.values())) > 6
 
     def drawn(out):
         varying = ("centre", "confidence", "weight", "pseudo_label", "adversarial")
