@@ -8,7 +8,6 @@ import math
 from types import SimpleNamespace
 
 import numpy as np
-import pretend_gpu
 import pytest
 import torch
 from accelerate.state import AcceleratorState, PartialState
@@ -18,6 +17,7 @@ import actgen
 import common
 import diagen
 import dreamda
+import pretend_gpu
 from digits import judge, world
 
 GPU = pretend_gpu.DEVICE

@@ -6,7 +6,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import runs
 import torch
 import torch.nn.functional as F
 from diffusers import (
@@ -21,6 +20,7 @@ from torch import nn
 
 import common
 import dreamda
+import runs
 from digits import world
 
 PLACES = ["bottleneck", "mid_input", "down", "up", "latents"]
