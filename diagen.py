@@ -503,11 +503,10 @@ class Probe(nn.Module):
         return self.head(self.backbone(x))
 
 
-def new_classifier(args: Args, class_names: list[str]) -> nn.Module:
-    """The classifier that the arguments name, for the downstream task and for the filter."""
-    size, pretrained = args.image_size, args.pretrained
-    classifier = common.build_classifier(args.classifier, class_names, size, pretrained, args.clip)
-    return Probe(classifier) if args.frozen else classifier
+def new_classifier(args: Args, accelerator, class_names: list[str]):
+    """See common.new_classifier, for the downstream task and for the filter; frozen, only its head learns."""
+    options = {"wrap": Probe} if args.frozen else {}
+    return common.new_classifier(args, accelerator, class_names, **options)
 
 
 def fit_temperature(logits: torch.Tensor, labels: torch.Tensor) -> float:
@@ -537,10 +536,8 @@ def train_filter(args: Args, accelerator, data: common.Data) -> nn.Module:
 
     The best epoch is the one with the lowest loss on the validation split.
     """
-    torch.manual_seed(args.seed)
-    net, best = new_classifier(args, data.class_names), common.Best()
-    optimizer = common.make_optimizer("adam", net, args.lr, 1e-2)
-    model, optimizer = accelerator.prepare(net, optimizer)
+    adam = dataclasses.replace(args, optimizer="adam", weight_decay=1e-2)
+    (net, model, optimizer), best = new_classifier(adam, accelerator, data.class_names), common.Best()
     augment = args.augment.removesuffix("+randaugment") + "+randaugment"
     real = data.train.transformed(common.make_transforms(args.image_size, augment)[0])
     quiet = not accelerator.is_main_process
@@ -867,10 +864,8 @@ def train(args: Args, run, accelerator, data: common.Data, synthetic: Synthetic 
 
     synthetic: the variations of the real images and their weights; None: the real images alone
     """
-    torch.manual_seed(args.seed)
-    net, best, real = new_classifier(args, data.class_names), common.Best(), data.train
-    optimizer = common.make_optimizer(args.optimizer, net, args.lr, args.weight_decay)
-    model, optimizer = accelerator.prepare(net, optimizer)
+    net, model, optimizer = new_classifier(args, accelerator, data.class_names)
+    best, real = common.Best(), data.train
     images, weights = (real + synthetic.images, synthetic.weights) if synthetic else (real, None)
     count, probability = args.iterations * args.batch_size, args.synthetic_probability
 

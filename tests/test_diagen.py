@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from diffusers import DDIMScheduler, DDPMScheduler, StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from PIL import Image
-from sklearn.linear_model import LogisticRegression
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 from torch_fidelity.metric_prc import prc_features_to_metric
@@ -778,8 +777,8 @@ def test_an_epoch_is_class_balanced_and_draws_variations_by_weight():
 
 
 def test_of_a_frozen_classifier_only_the_head_learns():
-    args = SimpleNamespace(classifier="small_cnn", image_size=32, pretrained=True, clip="", frozen=True)
-    net = diagen.new_classifier(args, [*"abc"])
+    args = diagen.resolve(diagen.Args())  # on digits: a frozen, pretrained small CNN
+    net, *_ = diagen.new_classifier(args, common.make_accelerator(), [*"abc"])
     x, y = torch.rand(8, 3, 32, 32), torch.arange(8) % 3
     whole = common.build_classifier("small_cnn", [*"abc"], 32).eval()
     whole.load_state_dict(dict(zip(whole.state_dict(), net.state_dict().values(), strict=True)))
@@ -877,25 +876,6 @@ def test_captioned_pictures_take_any_caption(tmp_path):
         assert len(rows) > 1000
         assert top * height <= rows.min() and rows.max() <= (top + 1) * height
         assert left * width <= columns.min() and columns.max() <= (left + 1) * width
-
-
-def features(pretrained, images):
-    torch.manual_seed(0)
-    model = common.build_classifier("small_cnn", world.NAMES, 32, pretrained=pretrained).eval()
-    with torch.no_grad():
-        return common.split_head(model)[0](images).numpy()
-
-
-def test_a_few_images_suffice_to_read_digits_off_the_pretrained_features():
-    pools = world.pools()
-    train, test = (world.render_pool(pools[k], n, 3) for k, n in (("train", 300), ("test", 500)))
-    drawn = common.draw_per_class(train["labels"], 4, seed=0)
-    accuracy = {}
-    for pretrained in (False, True):
-        x, y = (features(pretrained, r["images"].permute(0, 3, 1, 2).float() / 255) for r in (train, test))
-        probe = LogisticRegression(max_iter=2000).fit(x[drawn], train["labels"][drawn])
-        accuracy[pretrained] = probe.score(y, test["labels"])
-    assert accuracy[True] > 0.6 and accuracy[True] > accuracy[False] + 0.2
 
 
 def test_the_pretraining_sees_no_class_labels_and_what_it_writes_is_loaded(tmp_path, monkeypatch):
