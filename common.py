@@ -287,6 +287,7 @@ def load_data(
     per_class: int = 0,
     seed: int = 0,
     unlabelled: bool = False,
+    style: float | None = None,
 ) -> Data:
     """Loads one of DATASETS.
 
@@ -296,12 +297,13 @@ def load_data(
     size, augment: see make_transforms
     per_class: draws so many training images of each class; 0 takes all
     unlabelled: also loads stl10's large unlabelled part
+    style: of digits only, how far the images differ from the generator's, 0 to 1; None: world.STYLE
 
     Raises UserError for an unknown name, missing files, an empty class, or too few images of a class.
     """
     check_choice("dataset", name, DATASETS)
     augmented, plain = make_transforms(size, augment)
-    loaders = {"digits": _digits, "folder": _folder, "coco": _coco}
+    loaders = {"digits": lambda _: _digits(style), "folder": _folder, "coco": _coco}
     data = loaders[name](data_dir) if name in loaders else _torchvision(name, data_dir, unlabelled)
     data.class_names = [english(n) for n in data.class_names]
     data.train.transform = augmented
@@ -345,8 +347,9 @@ def split_per_class(labels, share: float, seed: int, at_least: int = 0) -> tuple
     return np.setdiff1d(np.arange(len(labels)), held), held
 
 
-def _digits(_) -> Data:
-    return Data(class_names=world.NAMES, **{name: Images(*split) for name, split in world.splits().items()})
+def _digits(style: float | None) -> Data:
+    splits = world.splits(world.STYLE if style is None else style)
+    return Data(class_names=world.NAMES, **{name: Images(*split) for name, split in splits.items()})
 
 
 def _folder(root: str) -> Data:
@@ -1338,6 +1341,7 @@ class RunArgs:
 
     dataset: str = HfArg(default="digits", help=", ".join(DATASETS))
     data_dir: str = HfArg(default="data", help="folder where the data set is, or is downloaded to")
+    style: float | None = HfArg(default=None, help="digits only: how unlike the generator's images, 0 to 1")
     out: str | None = HfArg(default=None, help="run folder; if none is given, runs/METHOD-DATASET-sSEED")
     overwrite: bool = HfArg(default=False, help="start afresh if the folder holds a run")
     seed: int = HfArg(default=0, help="seed of every random draw")
@@ -1451,7 +1455,8 @@ def check_training(args: RunArgs, accelerator, data: Data) -> None:
 def data_of(args: RunArgs, unlabelled: bool = False) -> Data:
     """The data set that the arguments name; see load_data."""
     few, seed = args.examples_per_class, args.seed
-    return load_data(args.dataset, args.data_dir, args.image_size, args.augment, few, seed, unlabelled)
+    size, augment, style = args.image_size, args.augment, args.style
+    return load_data(args.dataset, args.data_dir, size, augment, few, seed, unlabelled, style)
 
 
 def report(result: dict[str, dict], out: str) -> None:
