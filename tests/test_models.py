@@ -334,6 +334,6 @@ def test_embeddings_of_no_run_are_refused_before_anything_is_written(folder, tmp
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data" / "train").mkdir(parents=True)
     before = [*tmp_path.rglob("*")]
-    outcome = in_this_process(diagen, embeddings=folder, out="run")
+    outcome = in_this_process(diagen, **TINY[diagen], embeddings=folder, out="run")
     assert " ".join(f"--embeddings {folder} is no folder of a run".split()) in the_error(outcome)
     assert [*tmp_path.rglob("*")] == before
