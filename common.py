@@ -463,6 +463,8 @@ def _folder(root: str, names: dict[str, str] = SPLITS) -> Data:
     parts = [p for p in folders if p.name.lower() in SPLITS]
     if len(parts) < len(folders) and not any(q.is_dir() for p in parts for q in p.iterdir()):
         parts = [root]  # class folders alone, of which one may be called "train"
+    elif len(parts) < len(folders):
+        skipped["folders that are no split"] = len(folders) - len(parts)
     for part in parts:
         if split := names.get(part.name.lower()) if part != root else "train":
             require(split not in found, f"{root} has two folders for {split}, one is {part.name}; keep one")
@@ -491,6 +493,7 @@ def _class_files(root: Path, skipped: Counter) -> dict[str, list[Path]]:
     Image.init()
     stubs = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}  # PIL knows them, but cannot read them by itself
     extensions = {e for e, kind in Image.registered_extensions().items() if kind in Image.OPEN.keys() - stubs}
+    heic = dict.fromkeys((".heic", ".heif"), " (convert them to JPEG)")
     real_root = Path(os.path.realpath(root))
     classes, seen = {}, {str(real_root), *map(str, real_root.parents)}
     for here, folders, files in os.walk(root, followlinks=True):
@@ -504,8 +507,7 @@ def _class_files(root: Path, skipped: Counter) -> dict[str, list[Path]]:
                 "links to what was there already": real in seen,
                 "broken links": name in links and not path.exists(),
                 "files outside of class folders": name in is_file and not inside,
-                "HEIC files (convert them to JPEG)": kind in (".heic", ".heif"),
-                f"{kind or 'nameless'} files": name in is_file and kind not in extensions,
+                f"{kind or 'nameless'} files{heic.get(kind, '')}": name in is_file and kind not in extensions,
             }
             seen.add(real)
             if reason := next((reason for reason, holds in reasons.items() if holds), None):
@@ -1391,13 +1393,14 @@ def read_file(path: Path, default=None):
 
 def class_folders(class_names: list[str]) -> list[str]:
     """A folder name for each class: its name without what file systems refuse, cut at 100 bytes."""
-    folders = []
+    folders, taken = [], set()
     for name in class_names:
         clean = re.sub(r"[^\w .()'-]", "_", name).encode()[:100].decode(errors="ignore").strip(" .") or "_"
         folder, i = clean, 1
-        while folder.lower() in {f.lower() for f in folders}:
+        while folder.lower() in taken:
             folder, i = f"{clean} {i}", i + 1
         folders.append(folder)
+        taken.add(folder.lower())
     return folders
 
 

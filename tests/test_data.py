@@ -244,17 +244,19 @@ def test_strays_are_skipped_and_counted_in_one_line(tmp_path, capsys):
     (train / "cat" / "linked").symlink_to(elsewhere / "more")
     (train / "kitty").symlink_to(train / "cat")
     (tmp_path / "val").symlink_to(test)
+    (tmp_path / "annotations").mkdir()
     data = load(tmp_path)
     assert data.class_names == ["cat", "dog.jpg"]
     assert np.bincount(data.train.labels).tolist() == [5 + 1 + 2, 5] and data.val.labels == data.test.labels
     assert {"IMG.JPG", "1.png"} <= set(files(data.train)) and len(data.val) == 10
     (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("skipped in"))
     for words in (
+        "2 folders that are no split",
         "9 hidden",
         "5 links to what was there already",
         "1 broken links",
         "1 files outside of class folders",
-        "1 HEIC files (convert them to JPEG)",
+        "1 .heic files (convert them to JPEG)",
         "1 .txt files",
         "1 .h5 files",
         "1 nameless files",
@@ -267,7 +269,7 @@ def test_a_class_of_strays_alone_says_so(tmp_path):
     (tmp_path / "owl").mkdir()
     (tmp_path / "owl" / "IMG_1.heic").touch()
     with pytest.raises(
-        common.UserError, match="owl has no images; skipped: 1 HEIC files .convert them to JPEG"
+        common.UserError, match="owl has no images; skipped: 1 .heic files .convert them to JPEG"
     ):
         load(tmp_path)
 
