@@ -302,7 +302,7 @@ def load_data(
     per_class: int = 0,
     seed: int = 0,
     unlabelled: bool = False,
-    class_names: str | None = None,
+    class_names: str = "",
     skip_bad_images: bool = False,
     prompt: str = "a photo of a {}",
 ) -> Data:

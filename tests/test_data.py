@@ -195,7 +195,7 @@ def test_a_file_names_the_classes(tmp_path, capsys, text, given):
     classes(tmp_path / "data", "0", "1")
     file = tmp_path / ("names.csv" if given else "data/classes.txt")
     file.write_bytes(text.encode())
-    data = load(tmp_path / "data", class_names=str(file) if given else None)
+    data = load(tmp_path / "data", class_names=str(file) if given else "")
     assert data.class_names == ["tabby cat", "guide dog"] and "warning" not in capsys.readouterr().out
 
 
