@@ -1530,9 +1530,7 @@ class RunArgs:
     data_dir: str = HfArg(
         default="data", help="folder where the data set is, or is downloaded to; hf: its id"
     )
-    class_names: str | None = HfArg(
-        default=None, help="lines FOLDER,NAME; by default classes.txt in data_dir"
-    )
+    class_names: str = HfArg(default="", help="file of lines FOLDER,NAME; else data_dir's classes.txt")
     skip_bad_images: bool = HfArg(default=False, help="leave out images that cannot be read")
     out: str | None = HfArg(default=None, help="run folder; if none is given, runs/METHOD-DATASET-sSEED")
     overwrite: bool = HfArg(default=False, help="start afresh if the folder holds a run")
