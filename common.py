@@ -11,8 +11,11 @@ it: ActGen's normalised gradient steps do at a large nu, and so do many epochs o
 """
 
 import argparse
+import contextlib
 import dataclasses
 import errno
+import functools
+import hashlib
 import io
 import itertools
 import json
@@ -23,10 +26,12 @@ import shutil
 import sys
 import textwrap
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +48,7 @@ from digits import world
 
 ROOT = Path(__file__).resolve().parent
 DIGITS_SD = str(ROOT / "digits" / "sd")  # the embedded Stable Diffusion
+CACHE = Path(os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache"), "generative-augmentation")
 
 
 class UserError(Exception):
@@ -60,6 +66,12 @@ def check_choice(name: str, value: str, choices) -> None:
     require(value in choices, f"unknown {name} '{value}'; choose one of: {', '.join(choices)}")
 
 
+def say(line: str) -> None:
+    """Prints a line, on the main process alone."""
+    if os.environ.get("RANK", "0") == "0":
+        print(line)
+
+
 # ----------------------------------------------------------------------------------------------------------
 # Data sets
 
@@ -67,7 +79,7 @@ def check_choice(name: str, value: str, choices) -> None:
 class Images(torch.utils.data.Dataset):
     """Labelled images that are read on demand: item i is (transform(PIL image in RGB), label).
 
-    sources: file paths, PIL images, or (data set, index) pairs for a data set that keeps its images in memory
+    sources: file paths, PIL images, or (data set, index) pairs for a data set that keeps its images itself
     transform: a Transform
     """
 
@@ -137,23 +149,49 @@ class Data:
 
 
 def open_image(source) -> Image.Image:
-    """Opens a source of Images in RGB: upright by its EXIF tag, the first frame of an animation.
+    """Opens a source of Images in RGB with 8 bits: upright by its EXIF tag, transparent parts in white.
 
     Raises UserError, which names the file, if it cannot be read.
     """
     if isinstance(source, Image.Image):
         return source
-    if isinstance(source, tuple):
-        dataset, i = source
-        return dataset[i][0].convert("RGB")
+    name = Images([source], [0]).name(0)
     try:
+        if isinstance(source, tuple):
+            dataset, i = source
+            if not isinstance(item := dataset[i], dict):
+                return item[0].convert("RGB")
+            (encoded,) = item.values()  # see _hf
+            source = io.BytesIO(encoded["bytes"]) if encoded["bytes"] else encoded["path"]
         with Image.open(source) as image:
-            image = ImageOps.exif_transpose(image)
-            if image.mode.startswith(("I", "F")):  # 16-bit grey: PIL's own conversion would clip at 255
-                image = Image.fromarray((np.asarray(image, np.float32) / 257).clip(0, 255).astype(np.uint8))
+            image.load()
+            with contextlib.suppress(Exception):  # damaged EXIF: the image as it is
+                image = ImageOps.exif_transpose(image)
+            if image.mode.startswith(("I", "F")):  # PIL's own conversion would clip at 255
+                image = Image.fromarray(to_8_bits(np.asarray(image)))
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             return image.convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"cannot read the image {source}: {error}; replace or delete it") from None
+    except Exception as error:  # of any kind, if the file is damaged
+        raise UserError(f"cannot read the image {name}: {error}; replace or delete it") from None
+
+
+def to_8_bits(grey: np.ndarray) -> np.ndarray:
+    """Grey values of any range as 0 to 255.
+
+    White is 1 for floats up to 1, else 2^n - 1 with the smallest n >= 8 that holds the image's largest value.
+    If there are negative values, black is the least value and white the largest.
+    """
+    values = np.nan_to_num(grey.astype(float), nan=0, posinf=0, neginf=0)
+    black, white = 0, values.max()
+    if values.min() < -0.1 * abs(white):  # less is what resampling leaves around 0
+        black = values.min()
+    elif grey.dtype.kind == "f" and white < 1.1:
+        white = 1
+    else:
+        white = 2 ** max(8, math.ceil(math.log2(white + 1))) - 1
+    return ((values - black) * (255 / max(white - black, 1e-9))).round().clip(0, 255).astype(np.uint8)
 
 
 def square(size: int, how: str = "crop") -> list:
@@ -270,13 +308,85 @@ def make_transforms(size: int, augment: str, how: str = "crop") -> tuple[Transfo
 
 
 def english(name: str) -> str:
-    """A class name as it reads in a prompt: spaces for underscores, "AnnualCrop" becomes "annual crop"."""
-    if re.fullmatch(r"(?:[A-Z][a-z]+){2,}", name):
-        name = re.sub(r"(?<!^)([A-Z])", r" \1", name).lower()
+    """A class name as it reads in a prompt: without numbers and ids before it, with spaces between words.
+
+    "001.Black_footed_Albatross" becomes "Black footed Albatross", "n02085620-Chihuahua" "Chihuahua",
+    "n01440764" "tench", "AnnualCrop" "annual crop", "Apple___Black_rot" "apple black rot".
+    """
+    if SYNSET.fullmatch(name):
+        return wordnet().get(name, [name])[0]
+    name = re.sub(r"^(\d+\.|0\d*[_ -]|n\d{8}[_ -])[\W_]*(?=[^\W\d_])", "", name)
+    if "__" in name or re.fullmatch(r"(?:[A-Z][a-z]+){2,}", name):
+        name = re.sub(r"(?<=[a-z])([A-Z])", r" \1", name).lower()
     return " ".join(name.replace("_", " ").split())
 
 
-DATASETS = "digits cifar10 cifar100 stl10 caltech101 pets cars eurosat imagenet coco folder".split()
+SYNSET = re.compile(r"n\d{8}")
+
+
+@functools.cache
+def wordnet() -> dict[str, list[str]]:
+    """The synonyms of each synset of ImageNet: n01440764 is called tench, or Tinca tinca."""
+    from timm.data import ImageNetInfo
+
+    names = {synset: lemmas.split(", ") for synset, lemmas in ImageNetInfo()._lemmas.items()}
+    return names | {"n02012849": ["crane bird"]}  # WordNet calls the machine and the bird "crane"
+
+
+def name_classes(folders: list[str], file: Path | None, prompt: str) -> list[str]:
+    """English names of the classes that a data set calls `folders`.
+
+    file: has lines "FOLDER,NAME", or one name a line for all folders in their order
+
+    Synsets that read alike are told apart by synonyms. Warns of other names that read alike, and of numbers
+    and ids, with the prompt. Raises UserError if the file is none of the two.
+    """
+    given, number = read_class_names(file, folders) if file else {}, r"\d+[\W_]+(?=[^\W\d_])"
+    plain = [re.sub(number, "", f, count=1) for f in folders if re.match(number, f)]
+    plain = plain if len(plain) == len(folders) else folders  # "7-Eleven" among others keeps its number
+    names = [given.get(f) or english(p) for f, p in zip(folders, plain, strict=True)]
+    count = Counter(name.lower() for name in names)
+    for i, name in enumerate(names):
+        if count[name.lower()] > 1 and folders[i] not in given:
+            names[i] = next((n for n in wordnet().get(folders[i], []) if n.lower() not in count), name)
+    count = Counter(name.lower() for name in names)
+    word = r"[^\W\d_]{3}|[^\W\d_A-Z]{2}|[^\W\d_\x00-\x7f]"  # not in "12", "c0", "A330" or "AD"
+    numbered = r"(?i)\b(class|label|category|id)(?=[\W\d_]|$)"
+    odd = {
+        "a number or an id": [n for n in names if not re.search(word, re.sub(numbered, "", n))],
+        "another class's, too": [n for n in names if count[n.lower()] > 1],
+    }
+    for reason, those in odd.items():
+        if those:
+            reads = f"'{folders[names.index(those[0])]}' will read \"{prompt.replace('{}', those[0])}\""
+            more = f" ({len(those)} names are such)" if len(those) > 1 else ""
+            say(f"warning: the prompt of class {reads}, {reason}{more}; --class_names FILE names the classes")
+    return names
+
+
+def read_class_names(file: Path, folders: list[str]) -> dict[str, str]:
+    """The names that a file gives to class folders; see name_classes."""
+    try:
+        lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the class names {file}: {error}") from None
+    known, given = set(folders), {}
+    for line in lines:
+        parts = [(line[: m.start()], line[m.end() :]) for m in re.finditer(r"\s*[,;:=\s]\s*|$", line)]
+        given |= dict([part for part in parts if part[0] in known][-1:] or [(line, None)])
+    strange = next((line for line, name in given.items() if name is None), None)
+    require(
+        strange is None or len(lines) == len(folders),
+        f"{file}: there is no class '{strange}'; give lines FOLDER,NAME, or {len(folders)} names in order",
+    )
+    pairs = given.items() if strange is None else zip(folders, lines, strict=True)
+    return {folder: " ".join(name.replace("_", " ").split()) for folder, name in pairs}
+
+
+DATASETS = (
+    "digits cifar10 cifar100 stl10 caltech101 pets cars eurosat flowers102 food101 fgvc_aircraft dtd sun397 "
+    "country211 imagenet coco folder hf"
+).split()
 
 
 def load_data(
@@ -287,36 +397,50 @@ def load_data(
     per_class: int = 0,
     seed: int = 0,
     unlabelled: bool = False,
-    style: float | None = None,
+    style: float = world.STYLE,
+    class_names: str = "",
+    skip_bad_images: bool = False,
+    prompt: str = "a photo of a {}",
 ) -> Data:
     """Loads one of DATASETS.
 
     data_dir: where the files are, or are downloaded to, in torchvision's layouts. coco: `annotations/` beside
-    `train2017/` and `val2017/`. folder: `train/CLASS/*`, `test/CLASS/*`, and optionally `val/` and
-    `test_ood/`.
+    `train2017/` and `val2017/`. folder: see _folder. hf: see _hf.
     size, augment: see make_transforms
     per_class: draws so many training images of each class; 0 takes all
     unlabelled: also loads stl10's large unlabelled part
-    style: of digits only, how far the images differ from the generator's, 0 to 1; None: world.STYLE
+    style: of digits only, how far the images differ from the generator's, 0 to 1
+    class_names: a file of class names, see name_classes; by default `classes.txt` of a folder, if it exists
+    skip_bad_images: leaves out images that cannot be read
+    prompt: what a warning of a class name shows it in
 
-    Raises UserError for an unknown name, missing files, an empty class, or too few images of a class.
+    Raises UserError for an unknown name, missing files, unreadable images, an empty class, a single class, or
+    too few images of a class.
     """
     check_choice("dataset", name, DATASETS)
     augmented, plain = make_transforms(size, augment)
-    loaders = {"digits": lambda _: _digits(style), "folder": _folder, "coco": _coco}
+    loaders = {"digits": lambda _: _digits(style), "folder": _folder, "coco": _coco, "hf": _hf}
     data = loaders[name](data_dir) if name in loaders else _torchvision(name, data_dir, unlabelled)
-    data.class_names = [english(n) for n in data.class_names]
+    own = Path(data_dir, "classes.txt")
+    file = class_names or (own if name in ("folder", "hf") and own.exists() else None)
+    data.class_names = name_classes(data.class_names, file and Path(file), prompt)
+    require(
+        len(data.class_names) > 1,
+        f"{data_dir} has one class only, '{data.class_names[0]}'; a classifier needs two; if its folder "
+        "holds the class folders, give that as --data_dir",
+    )
+    check_images(data, data_dir, skip_bad_images)
     data.train.transform = augmented
     for split in (data.test, data.val, data.test_ood):
         if split is not None:
             split.transform = plain
-    counts = np.bincount(data.train.labels, minlength=len(data.class_names))
-    fewest, rarest = counts.min(), data.class_names[counts.argmin()]
-    require(fewest > 0, f"no training images of the class '{rarest}' in {data_dir or name}")
+    check_counts(data, data_dir or name)
     if per_class:
+        counts = np.bincount(data.train.labels)
         require(
-            fewest >= per_class,
-            f"--examples_per_class {per_class}: the class '{rarest}' has only {fewest} training images",
+            counts.min() >= per_class,
+            f"--examples_per_class {per_class}: the class '{data.class_names[counts.argmin()]}' has only "
+            f"{counts.min()} training images",
         )
         drawn = draw_per_class(data.train.labels, per_class, seed)
         left = np.setdiff1d(np.arange(len(data.train)), drawn)
@@ -326,6 +450,78 @@ def load_data(
         if split is not None:
             split.keep()
     return data
+
+
+def check_counts(data: Data, where: str) -> None:
+    """Raises UserError for a class or a test without images; says if the classes are very unequal."""
+    names, counts = data.class_names, np.bincount(data.train.labels, minlength=len(data.class_names))
+    (fewest, rarest), (most, largest) = ((counts[i], names[i]) for i in (counts.argmin(), counts.argmax()))
+    require(fewest > 0, f"no training images of the class '{rarest}' in {where}")
+    require(len(data.test), f"no test images in {where}")
+    if most > 10 * fewest:
+        say(
+            f"unequal classes: {fewest} training images of '{rarest}', {most} of '{largest}'; "
+            "--examples_per_class draws as many of each, the class mean counts them alike"
+        )
+
+
+def check_images(data: Data, where: str, skip: bool) -> None:
+    """Opens every image that is not in memory; good ones are remembered in CACHE, and not opened again.
+
+    Raises UserError, which lists the unreadable ones, unless `skip`, which leaves them out of the data. Warns
+    of images that are nearly black or of one colour.
+    """
+    splits = {name: images for name, images in vars(data).items() if isinstance(images, Images)}
+    sources = {_stamp(source): source for images in splits.values() for source in images.sources}
+    sources.pop(0, None)
+    cache = CACHE / f"{hashlib.sha256(os.fsencode(os.path.abspath(where))).hexdigest()[:16]}.pt"
+    known = set(read_file(cache, torch.tensor([])).tolist())
+    todo = {stamp: source for stamp, source in sources.items() if stamp not in known}
+    if not todo:
+        return
+    with ThreadPool() as pool:
+        found = tqdm(pool.imap(_fault, todo.values(), 8), "checking images", len(todo), leave=False)
+        faults = {stamp: fault for stamp, fault in zip(todo, found, strict=True) if fault}
+    with contextlib.suppress(OSError):  # no place to remember them
+        if len(faults) < len(todo):
+            write_file(cache, torch.tensor([stamp for stamp in sources if stamp not in faults]))
+    bad = {stamp: fault for stamp, fault in faults.items() if fault != BLANK}
+    blank = [source for stamp, source in todo.items() if faults.get(stamp) == BLANK]
+    if blank:
+        say(f"warning: {len(blank)} images are {BLANK}, such as {Images(blank, []).name(0)}")
+    if bad:
+        shown = "; ".join([*bad.values()][:10]) + (f"; and {len(bad) - 10} more" if len(bad) > 10 else "")
+        shown = f"{len(bad)} of {len(sources)} images: {shown}"
+        require(skip, f"{shown}; replace or delete them, or leave them out by --skip_bad_images")
+        say(f"left out {shown}")
+        for name, images in splits.items():
+            kept = [i for i, source in enumerate(images.sources) if _stamp(source) not in bad]
+            setattr(data, name, images.subset(kept))
+
+
+BLANK = "nearly black or of one colour"
+
+
+def _fault(source) -> str:
+    """What is wrong with an image: that it cannot be read, or that it is blank; "" if nothing is."""
+    try:
+        image = open_image(source)
+    except UserError as error:
+        return str(error).removesuffix("; replace or delete it")
+    low, high = image.convert("L").resize((64, 64), Image.Resampling.BOX).getextrema()
+    return BLANK if high < 16 or high - low < 4 else ""
+
+
+def _stamp(source) -> int:
+    """A number that changes with the file of a source of Images; 0 if the image is in memory."""
+    if isinstance(source, tuple) and hasattr(source[0], "_fingerprint"):  # of `datasets`
+        key = f"{source[0]._fingerprint} {source[1]}"
+    elif isinstance(source, Path):
+        stat = source.stat() if source.exists() else None  # if there is no file, opening it will say so
+        key = f"{os.path.abspath(source)} {stat and (stat.st_size, stat.st_mtime_ns)}"
+    else:
+        return 0
+    return int.from_bytes(hashlib.sha256(os.fsencode(key)).digest()[:8], signed=True)
 
 
 def draw_per_class(labels, per_class: int, seed: int) -> np.ndarray:
@@ -347,39 +543,168 @@ def split_per_class(labels, share: float, seed: int, at_least: int = 0) -> tuple
     return np.setdiff1d(np.arange(len(labels)), held), held
 
 
-def _digits(style: float | None) -> Data:
-    splits = world.splits(world.STYLE if style is None else style)
-    return Data(class_names=world.NAMES, **{name: Images(*split) for name, split in splits.items()})
+def _digits(style: float) -> Data:
+    return Data(world.NAMES, **{name: Images(*split) for name, split in world.splits(style).items()})
 
 
-def _folder(root: str) -> Data:
-    root, splits, names = Path(root), {}, None
-    for split in ("train", "test", "val", "test_ood"):
-        folder = root / split
-        if not folder.is_dir():
-            layout = f"a folder data set has {root}/train/CLASS/* and {root}/test/CLASS/*"
-            require(split not in ("train", "test"), f"{folder} is missing; {layout}")
-            continue
-        classes = sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
-        require(classes, f"{folder} has no class folders")
-        names = names or classes
-        unknown = sorted(set(classes) - set(names))
-        require(
-            not unknown, f"{folder} has a class '{''.join(unknown[:1])}' that {root / 'train'} does not have"
-        )
-        sources, labels = [], []
-        for name in classes:
-            files = _image_files(folder / name)
-            require(files, f"the class folder {folder / name} has no images")
-            sources += files
-            labels += [names.index(name)] * len(files)
-        splits[split] = Images(sources, labels)
+SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test", "test_ood": "test_ood"}
+SPLITS |= dict.fromkeys(("val", "valid", "validation"), "val")
+STRAY = re.compile(r"\.|@eaDir|__MACOSX|#recycle|\$RECYCLE|Thumbs\.db", re.IGNORECASE)
+
+
+def _folder(root: str, names: dict[str, str] = SPLITS) -> Data:
+    """`train/CLASS/*`, and optionally `test`, `val` and `test_ood`, or class folders alone.
+
+    names: which split a folder holds, by its name
+    """
+    root, found, skipped = Path(root), {}, Counter()
+    layout = f"a folder data set has {root}/train/CLASS/*, or {root}/CLASS/*"
+    folders = [p for p in sorted(root.glob("*")) if p.is_dir() and not STRAY.match(p.name)]
+    parts = [p for p in folders if p.name.lower() in SPLITS]
+    if len(parts) < len(folders) and not any(q.is_dir() for p in parts for q in p.iterdir()):
+        parts = [root]  # class folders alone, of which one may be called "train"
+    elif len(parts) < len(folders):
+        skipped["folders that are no split"] = len(folders) - len(parts)
+    for part in parts:
+        if split := names.get(part.name.lower()) if part != root else "train":
+            require(split not in found, f"{root} has two folders for {split}, one is {part.name}; keep one")
+            found[split] = part, _class_files(part, skipped)
+            require(found[split][1], f"{part} has no class folders; {layout}")
+    require("train" in found, f"{root / 'train'} is missing; {layout}")
+    said = ", ".join(f"{n} {kind}" for kind, n in skipped.most_common())
+    train, classes = found["train"]
+    for part, files in found.values():
+        for name in files:
+            require(name in classes, f"{part} has a class '{name}' that {train} does not have")
+            require(
+                files[name], f"the class folder {part / name} has no images; skipped: {said or 'nothing'}"
+            )
+    if skipped:
+        say(f"skipped in {root}: {said}")
+    splits = {s: [(file, name) for name in files for file in files[name]] for s, (_, files) in found.items()}
+    return _data(list(classes), splits, root)
+
+
+def _class_files(root: Path, skipped: Counter) -> dict[str, list[Path]]:
+    """The images in each class folder of `root`; counts what else there is in `skipped`, by kind.
+
+    Links are followed, but nothing is read twice.
+    """
+    Image.init()
+    stubs = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}  # PIL knows them, but cannot read them by itself
+    extensions = {e for e, kind in Image.registered_extensions().items() if kind in Image.OPEN.keys() - stubs}
+    heic = dict.fromkeys((".heic", ".heif"), " (convert them to JPEG)")
+    real_root = Path(os.path.realpath(root))
+    classes, seen = {}, {str(real_root), *map(str, real_root.parents)}
+    for here, folders, files in os.walk(root, followlinks=True):
+        inside, real_here, kept = Path(here).relative_to(root).parts[:1], os.path.realpath(here), []
+        links, is_file = {n for n in folders + files if os.path.islink(os.path.join(here, n))}, set(files)
+        for name in sorted(folders + files, key=lambda name: (name in links, name)):
+            path, kind = Path(here, name), os.path.splitext(name)[1].lower() if name in is_file else None
+            real = os.path.realpath(path) if name in links else os.path.join(real_here, name)
+            reasons = {
+                "hidden": STRAY.match(name),
+                "links to what was there already": real in seen,
+                "broken links": name in links and not path.exists(),
+                "files outside of class folders": name in is_file and not inside,
+                f"{kind or 'nameless'} files{heic.get(kind, '')}": name in is_file and kind not in extensions,
+            }
+            seen.add(real)
+            if reason := next((reason for reason, holds in reasons.items() if holds), None):
+                skipped[reason] += 1
+            elif name in is_file:
+                classes[inside[0]].append(path)
+            else:
+                kept.append(name)
+        folders[:] = sorted(kept)
+        classes = classes or {name: [] for name in folders}
+    return {name: sorted(files) for name, files in classes.items()}
+
+
+def _data(names: list[str], splits: dict[str, list[tuple]], where) -> Data:
+    """Splits as (source, class) pairs; without a test split, a fifth of each class of train becomes one."""
+    index, images = {name: i for i, name in enumerate(names)}, {}
+    for split, pairs in splits.items():
+        unknown = next((name for _, name in pairs if name not in index), None)
+        require(unknown is None, f"{where}/{split} has a class '{unknown}' that {where}/train does not have")
+        images[split] = Images([source for source, _ in pairs], [index[name] for _, name in pairs])
+    return _with_test([str(name) for name in names], images, where)
+
+
+def _with_test(names: list[str], splits: dict[str, Images], where) -> Data:
+    if "test" not in splits:
+        everything = splits["train"]
+        others, held = split_per_class(everything.labels, 0.2, seed=0)
+        require(len(held), f"{where} has no test split, and too few images of each class to hold some out")
+        say(f"{where} has no test split: a fifth of each class is held out for it, {len(held)} images")
+        splits |= {"train": everything.subset(others), "test": everything.subset(held)}
     return Data(class_names=names, **splits)
 
 
-def _image_files(folder: Path) -> list[Path]:
-    extensions = set(Image.registered_extensions()) - {".pdf", ".mpg", ".mpeg"}
-    return sorted(p for p in folder.rglob("*") if p.suffix.lower() in extensions and p.name[0] != ".")
+def _hf(root: str) -> Data:
+    """OWNER/NAME or OWNER/NAME/CONFIG of the Hugging Face hub, or its formats in a local folder or file.
+
+    The columns of images and labels are found by their types. If labels could be in several, name one after
+    a #, as in uoft-cs/cifar100#fine_label. Images without a label are left out. Without a test split,
+    validation is the test split. A split that is alone counts as train.
+    """
+    import datasets
+
+    root, _, chosen = root.partition("#")
+    path, parts = Path(root), root.split("/")
+    advice = "give OWNER/NAME of the hub, which needs a network, or a local folder"
+    known = path.exists() or re.fullmatch(r"\w[\w.-]*(/[\w.-]+){0,2}", root)
+    require(known, f"there is no data set '{root}'; {advice}")
+    try:
+        if any((path / file).exists() for file in ("dataset_dict.json", "state.json")):
+            loaded = datasets.load_from_disk(root)
+        elif path.is_file():
+            loaded = datasets.load_dataset(path.suffix[1:], data_files=root)
+        elif path.exists():
+            loaded = datasets.load_dataset(root)
+        else:
+            loaded = datasets.load_dataset("/".join(parts[:2]), *parts[2:3])
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"cannot load the data set '{root}' ({reason}); {advice}") from None
+    loaded = loaded if isinstance(loaded, dict) else {"train": loaded}
+    parts = {SPLITS.get(s.lower()) if len(loaded) > 1 else "train": part for s, part in loaded.items()}
+    require("train" in parts, f"the data set '{root}' has no split train, but {', '.join(loaded)}")
+    image, label = _columns(parts["train"].features, chosen, root)
+    classes, splits = getattr(parts["train"].features[label], "names", None), {}  # names: of a ClassLabel
+    for split, part in parts.items():
+        labels = [None if classes and y == -1 else y for y in part[label]]
+        pictures = part.select_columns([image]).cast_column(image, datasets.Image(decode=False))
+        pairs = [((pictures, i), classes[y] if classes else y) for i, y in enumerate(labels) if y is not None]
+        if split and pairs:
+            splits[split] = pairs
+    require("train" in splits, f"'{root}' has no labels in the column '{label}'")
+    if "test" not in splits and "val" in splits:
+        splits["test"] = splits.pop("val")
+    counts = ", ".join(f"{len(pairs)} for {split}" for split, pairs in splits.items())
+    say(f"{root}: images of the column '{image}', labels of '{label}'; {counts}")
+    used = {name for _, name in splits["train"]}
+    return _data([c for c in classes if c in used] if classes else sorted(used), splits, root)
+
+
+def _columns(features, chosen: str, root: str) -> tuple[str, str]:
+    """The columns of images and of labels; see _hf."""
+    import datasets
+
+    images = [c for c, f in features.items() if isinstance(f, datasets.Image)]
+    images += [c for c, f in features.items() if isinstance(f, dict) and "bytes" in f]
+    require(images, f"'{root}' has no column of images, but {', '.join(features)}")
+    classes = [c for c, f in features.items() if isinstance(f, datasets.ClassLabel)]
+    kinds = ("int", "uint", "bool", "string", "large_string")
+    values = [c for c, f in features.items() if isinstance(f, datasets.Value) and f.dtype.startswith(kinds)]
+    usual = [c for c in classes or values if c in ("label", "labels", "class", "target")]
+    labels = [chosen] if chosen else usual if len(usual) == 1 else classes or values
+    require(
+        {*labels[:1]} & {*features}, f"'{root}' has no column of labels {chosen}, but {', '.join(features)}"
+    )
+    choice = f"--data_dir {root}#{labels[0]}"
+    require(len(labels) == 1, f"labels of '{root}' could be {', '.join(labels)}; choose one, as in {choice}")
+    return images[0], labels[0]
 
 
 def _coco(root: str) -> Data:
@@ -414,10 +739,18 @@ def _torchvision(name: str, root: str, unlabelled: bool = False) -> Data:
         "stl10": lambda train, **k: tv.STL10(root, split="train" if train else "test", **k),
         "pets": lambda train, **k: tv.OxfordIIITPet(root, split="trainval" if train else "test", **k),
         "cars": lambda train, **k: tv.StanfordCars(root, split="train" if train else "test", **k),
+        "flowers102": lambda train, **k: tv.Flowers102(root, split="train" if train else "test", **k),
+        "food101": lambda train, **k: tv.Food101(root, split="train" if train else "test", **k),
+        "fgvc_aircraft": lambda train, **k: tv.FGVCAircraft(root, "trainval" if train else "test", **k),
+        "dtd": lambda train, **k: tv.DTD(root, split="train" if train else "test", **k),
+        "country211": lambda train, **k: tv.Country211(root, split="train" if train else "test", **k),
         "imagenet": lambda train, **k: tv.ImageNet(root, split="train" if train else "val"),
         "caltech101": lambda train, **k: tv.Caltech101(root, **k),
         "eurosat": lambda train, **k: tv.EuroSAT(root, **k),
+        "sun397": lambda train, **k: tv.SUN397(root, **k),
     }
+    if name == "imagenet" and (Path(root) / "train").is_dir() and not any(Path(root).glob("ILSVRC2012_*")):
+        return _folder(root, {"train": "train", "val": "test", "validation": "test"})
 
     def load(train: bool):
         try:
@@ -433,25 +766,26 @@ def _torchvision(name: str, root: str, unlabelled: bool = False) -> Data:
             ) from None
 
     def images(dataset) -> Images:
-        labels = None
-        for attribute in ("targets", "labels", "y", "_labels"):
-            labels = getattr(dataset, attribute, labels)
-        labels = [target for _, target in dataset._samples] if labels is None else labels
-        for attribute in ("samples", "_samples"):  # (file, class) pairs
-            if hasattr(dataset, attribute):
-                return Images([Path(file) for file, _ in getattr(dataset, attribute)], labels)
-        if hasattr(dataset, "_images"):
-            return Images([Path(file) for file in dataset._images], labels)
-        return Images([(dataset, i) for i in range(len(labels))], labels)
+        def first(*attributes):
+            return next((getattr(dataset, a) for a in attributes if hasattr(dataset, a)), None)
+
+        pairs = first("samples", "_samples")  # (file, class)
+        files, labels = zip(*pairs, strict=True) if pairs else (first("_images", "_image_files"), None)
+        labels = first("_labels", "y", "labels", "targets") if labels is None else labels
+        if name == "caltech101":
+            folder, pairs = f"{dataset.root}/101_ObjectCategories", zip(dataset.index, dataset.y, strict=True)
+            files = [f"{folder}/{dataset.categories[y]}/image_{i:04d}.jpg" for i, y in pairs]
+        if files is None:
+            return Images([(dataset, i) for i in range(len(labels))], labels)
+        everything = Images([Path(file) for file in files], labels)
+        return everything.subset(np.argsort(everything.sources)) if name == "sun397" else everything
 
     train = load(True)
-    names = getattr(train, "classes", None) or train.categories
-    names = [n if isinstance(n, str) else n[0] for n in names]
-    if name in ("caltech101", "eurosat"):  # no official split: a fifth of each class is the test split
-        everything = images(train)
-        others, held = split_per_class(everything.labels, 0.2, seed=0)
-        return Data(names, everything.subset(others), everything.subset(held))
-    data = Data(names, images(train), images(load(False)))
+    names = train.wnids if name == "imagenet" else getattr(train, "classes", None) or train.categories
+    splits = {"train": images(train)}
+    if name not in ("caltech101", "eurosat", "sun397"):  # they have no official split
+        splits["test"] = images(load(False))
+    data = _with_test(names, splits, name)
     if name == "stl10" and unlabelled:
         data.unlabelled = images(tv.STL10(root, split="unlabeled"))
     return data
@@ -1267,13 +1601,14 @@ def read_file(path: Path, default=None):
 
 def class_folders(class_names: list[str]) -> list[str]:
     """A folder name for each class: its name without what file systems refuse, cut at 100 bytes."""
-    folders = []
+    folders, taken = [], set()
     for name in class_names:
         clean = re.sub(r"[^\w .()'-]", "_", name).encode()[:100].decode(errors="ignore").strip(" .") or "_"
         folder, i = clean, 1
-        while folder.lower() in {f.lower() for f in folders}:
+        while folder.lower() in taken:
             folder, i = f"{clean} {i}", i + 1
         folders.append(folder)
+        taken.add(folder.lower())
     return folders
 
 
@@ -1387,8 +1722,10 @@ class RunArgs:
     """The arguments of every method. Where the default is None, the data set's recipe gives the value."""
 
     dataset: str = HfArg(default="digits", help=", ".join(DATASETS))
-    data_dir: str = HfArg(default="data", help="folder where the data set is, or is downloaded to")
-    style: float | None = HfArg(default=None, help="digits only: how unlike the generator's images, 0 to 1")
+    data_dir: str = HfArg(default="data", help="folder of the data set; hf: its id, OWNER/NAME")
+    class_names: str = HfArg(default="", help="file of lines FOLDER,NAME; else data_dir's classes.txt")
+    skip_bad_images: bool = HfArg(default=False, help="leave out images that cannot be read")
+    style: float = HfArg(default=world.STYLE, help="digits only: how unlike the generator's images, 0 to 1")
     out: str | None = HfArg(default=None, help="run folder; if none is given, runs/METHOD-DATASET-sSEED")
     overwrite: bool = HfArg(default=False, help="start afresh if the folder holds a run")
     seed: int = HfArg(default=0, help="seed of every random draw")
@@ -1503,9 +1840,9 @@ def check_training(args: RunArgs, accelerator, data: Data) -> None:
 
 def data_of(args: RunArgs, unlabelled: bool = False) -> Data:
     """The data set that the arguments name; see load_data."""
-    few, seed = args.examples_per_class, args.seed
-    size, augment, style = args.image_size, args.augment, args.style
-    return load_data(args.dataset, args.data_dir, size, augment, few, seed, unlabelled, style)
+    few, rest = args.examples_per_class, (args.style, args.class_names, args.skip_bad_images, args.prompt)
+    size, augment, seed = args.image_size, args.augment, args.seed
+    return load_data(args.dataset, args.data_dir, size, augment, few, seed, unlabelled, *rest)
 
 
 def report(result: dict[str, dict], out: str) -> None:

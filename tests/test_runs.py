@@ -483,7 +483,7 @@ def spoil_token(d):
 MISTAKES = [  # what is done to the folder, arguments, words of the error
     (None, {"dataset": "cifar11"}, "unknown dataset 'cifar11'.* digits, "),
     (None, {"data_dir": "/nowhere/at/all"}, "/nowhere/at/all/train is missing"),
-    (lambda d: shutil.rmtree(d / "data/test"), {}, "/data/test is missing"),
+    (lambda d: shutil.rmtree(d / "data/train"), {}, "/data/train is missing"),
     (lambda d: empty(d / "data/train"), {}, "/data/train has no class folders"),
     (lambda d: empty(d / "data/train/guinea pig"), {}, "/train/guinea pig has no images"),
     (lambda d: empty(d / "data/test/owl"), {}, "/data/test has a class 'owl' that .*/train does not have"),
