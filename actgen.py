@@ -12,6 +12,9 @@ hard for the present classifier (adversarial loss). Both losses act by gradient 
     python actgen.py --ladder --seeds 5                     the paper's ablation, one rung after the other
     accelerate launch actgen.py --dataset imagenet          several GPUs
 
+The paper's other classifiers are `--classifier vgg16_bn` on CIFAR; resnet152, vit_small_patch16_224 and
+deit_base_patch16_224 on ImageNet.
+
 Paper to code:
     4.1 misclassified images, curriculum, half-time merge     plan_epoch, curriculum, train
         few-shot: confidence to guidance                      confidence_to_centre
@@ -76,14 +79,14 @@ SD21 |= dict(examples_per_class=0, classifier="resnet50", pretrained=False, imag
 SD21 |= dict(optimizer="sgd", lr=0.1, weight_decay=1e-4, warmup=0.0, label_smoothing=0.0, mixup=False)
 SD21 |= dict(eval_every=1, workers=8)
 
-CIFAR = SD21 | dict(image_size=32, augment="crop", epochs=300, batch_size=128)  # also for vgg16_bn
+CIFAR = SD21 | dict(image_size=32, augment="crop", epochs=300, batch_size=128)
 SMALL = SD21 | dict(pretrained=True, epochs=100, batch_size=64, lr=0.01)
 EUROSAT = SMALL | dict(few_shot=True, examples_per_class=16, classifier="clip", augment="crop")
 EUROSAT |= dict(optimizer="adamw", lr=1e-5, epochs=50, batch_size=32)
 
-# ImageNet by the released files, without their dropout, random erasing, stochastic depth and colour jitter:
-# resnet_goog.yaml (130 epochs, lr 1.6 at 4,096 images a batch, here by the linear rule) for resnet50 and
-# resnet152, 0.13 M synthetic images; vit_s_16.yaml for ViT-S/16 and DeiT-B/16, 0.08 M
+# ImageNet as in the released files, but for dropout, stochastic depth, random erasing and colour jitter.
+# ResNets: resnet_goog.yaml, 0.13 M synthetic images; its lr of 1.6 for 4,096 images is 0.1 for 256.
+# ViT-S/16 and DeiT-B/16: vit_s_16.yaml, 0.08 M synthetic images.
 IMAGENET = SD21 | dict(genval_share=10_000 / 1_281_167, images_per_epoch=2048, epochs=130, batch_size=256)
 IMAGENET |= dict(warmup=5 / 130, augment="resized+randaugment", label_smoothing=0.1)
 VIT = dict(images_per_epoch=512, epochs=300, batch_size=1024, optimizer="adamw", lr=1e-3, weight_decay=0.05)

@@ -324,15 +324,15 @@ SCALE = {"planning": plan, "metadata": metadata, "memory bank": bank, "AMST's ta
 
 
 def cost(task, n: int) -> tuple[float, float]:
-    """The seconds of task(n), and the bytes by which it lifts the peak memory of a process of its own."""
+    """The CPU seconds of task(n), and the bytes by which it lifts the peak memory of a process of its own."""
 
     def measured(pipe):
         with tempfile.TemporaryDirectory() as folder:
             torch.set_num_threads(1)
-            before, clock = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+            before, clock = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
             task(n, Path(folder))
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-            pipe.send((time.perf_counter() - clock, 1024 * (peak - before)))
+            pipe.send((time.process_time() - clock, 1024 * (peak - before)))
 
     context = multiprocessing.get_context("fork")
     mine, its = context.Pipe(duplex=False)
