@@ -56,9 +56,7 @@ class Args(common.RunArgs):
     # gradient guidance of the text embedding
     contrastive_weight: float = HfArg(default=1.0, help="weight of L_contra; 0: off")
     adversarial_weight: float = HfArg(default=0.1, help="lambda, weight of L_adv; 0: off")
-    adversarial_pixels: int = HfArg(
-        default=0, help="side of the images decoded for L_adv, fewer is faster but not exact; 0: all"
-    )
+    adversarial_pixels: int = HfArg(default=0, help="side of the images decoded for L_adv; 0: full size")
     gradient_steps: int = HfArg(default=10, help="number of first sampling steps with gradient guidance")
     nu: float | None = HfArg(default=None, help="length of a step on the text embedding")
     channel_steps: bool | None = HfArg(default=None, help="a step has this length in every channel")
@@ -182,10 +180,8 @@ class ClassAttention:
                 level = int(index) if part == "down_blocks" else levels - 1 - int(index)
                 if size // 2**level == resolution:
                     self.layers.append(module)
-        require(
-            self.layers,
-            f"the U-Net has no cross-attention at {resolution}x{resolution}; change --attention_resolution",
-        )
+        where = f"at {resolution}x{resolution}"
+        require(self.layers, f"the U-Net has no cross-attention {where}; change --attention_resolution")
 
     def __enter__(self):
         self.before = [layer.processor for layer in self.layers]
@@ -207,9 +203,7 @@ class ClassAttention:
         if self.on and self.heard is not None:
             rows, images = self.heard
             with torch.no_grad():
-                scores = (q[rows] * attn.scale) @ k[rows].transpose(
-                    -1, -2
-                )  # in this order fp16 does not overflow
+                scores = (q[rows] * attn.scale) @ k[rows].mT  # in this order fp16 does not overflow
                 probabilities = scores.float().softmax(-1)
                 maps = torch.einsum("bhnl,bl->bn", probabilities, self.token_weights[images]) / attn.heads
                 self.maps.index_add_(0, images, maps)
