@@ -524,20 +524,23 @@ def _stamp(source) -> int:
     return int.from_bytes(hashlib.sha256(os.fsencode(key)).digest()[:8], signed=True)
 
 
+def by_class(labels) -> list[np.ndarray]:
+    """The indices of each class's images, for the classes that occur."""
+    ends = np.unique(labels, return_counts=True)[1].cumsum()
+    return np.split(np.argsort(labels, kind="stable"), ends[:-1])
+
+
 def draw_per_class(labels, per_class: int, seed: int) -> np.ndarray:
     """Indices of `per_class` random images of each class."""
-    labels, rng = np.asarray(labels), np.random.default_rng(seed)
-    return np.concatenate(
-        [rng.permutation(np.flatnonzero(labels == c))[:per_class] for c in np.unique(labels)]
-    )
+    rng = np.random.default_rng(seed)
+    return np.concatenate([rng.permutation(members)[:per_class] for members in by_class(labels)])
 
 
 def split_per_class(labels, share: float, seed: int, at_least: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Holds out a random `share` of each class, at least `at_least` images: indices (others, held out)."""
-    labels, rng = np.asarray(labels), np.random.default_rng(seed)
+    rng = np.random.default_rng(seed)
     held = [
-        rng.permutation(np.flatnonzero(labels == c))[: max(at_least, round(share * np.sum(labels == c)))]
-        for c in np.unique(labels)
+        rng.permutation(members)[: max(at_least, round(share * len(members)))] for members in by_class(labels)
     ]
     held = np.sort(np.concatenate(held)).astype(int)
     return np.setdiff1d(np.arange(len(labels)), held), held
@@ -1266,6 +1269,7 @@ class Loader:
 def train_epoch(model, loader, optimizer, lr_at, accelerator) -> dict[str, float]:
     """Trains for one pass over the loader with cross-entropy. Returns the mean loss and the accuracy.
 
+    loader: batches of images and their labels [B], or probabilities [B, K]
     lr_at(i): the learning rate of batch i
     """
     model.train()
@@ -1281,7 +1285,7 @@ def train_epoch(model, loader, optimizer, lr_at, accelerator) -> dict[str, float
         optimizer.step()
         total += len(y)
         loss_sum += loss.detach() * len(y)
-        correct += (logits.detach().argmax(1) == y).sum()
+        correct += (logits.detach().argmax(1) == (y if y.ndim == 1 else y.argmax(1))).sum()
     share_buffers(accelerator, model)
     return {"loss": finite(loss_sum) / total, "accuracy": float(correct) / total}
 
@@ -1571,11 +1575,12 @@ def write_file(path: Path, value) -> None:
             f.flush()
             os.fsync(f.fileno())
     else:
-        if path.suffix == ".json":
-            value = json.dumps(value, indent=1)
-        elif path.suffix == ".jsonl":
-            value = "".join(json.dumps(line) + "\n" for line in value)
-        temporary.write_text(value, encoding="utf-8")
+        if path.suffix == ".jsonl":
+            lines = (json.dumps(line) + "\n" for line in value)
+        else:
+            lines = [json.dumps(value, indent=1) if path.suffix == ".json" else value]
+        with open(temporary, "w", encoding="utf-8") as f:
+            f.writelines(lines)
     os.replace(temporary, path)
 
 
@@ -1620,7 +1625,8 @@ def read_records(folder: Path, class_names: list[str]) -> list[dict]:
     try:
         lines = (folder / "metadata.jsonl").read_text(encoding="utf-8").splitlines()
         records = [r for r in map(json.loads, lines) if (folder / r["file_name"]).exists()]
-        strange = [r["class_name"] for r in records if r["class_name"] not in class_names[r["label"] :][:1]]
+        pairs = ((r["class_name"], r["label"]) for r in records)
+        strange = [name for name, y in pairs if [name] != class_names[y : y + 1]]
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"--synthetic: no images with metadata in {folder} ({error})") from None
     require(
@@ -1766,7 +1772,7 @@ class RunArgs:
 def cli(main, args_class, recipes: dict[str, dict] | None = None) -> None:
     """Parses the command line and runs main(args). A user's mistake ends in one line and exit status 2.
 
-    recipes: the defaults of each data set, so that `--dataset cifar10 --help` shows the values in use.
+    recipes: see recipe_of; `--dataset cifar10 --help` shows the values in use
     """
     parser = HfArgumentParser(
         args_class,
@@ -1774,9 +1780,10 @@ def cli(main, args_class, recipes: dict[str, dict] | None = None) -> None:
         usage=argparse.SUPPRESS,
     )
     if recipes:
-        dataset = argparse.ArgumentParser(add_help=False, exit_on_error=False)
-        dataset.add_argument("--dataset", nargs="?", default="digits")
-        parser.set_defaults(**recipes.get(dataset.parse_known_args()[0].dataset, {}))
+        first = argparse.ArgumentParser(add_help=False, exit_on_error=False)
+        first.add_argument("--dataset", nargs="?", default="digits")
+        first.add_argument("--classifier", nargs="?")
+        parser.set_defaults(**recipe_of(recipes, **vars(first.parse_known_args()[0])))
     args, unknown = parser.parse_args_into_dataclasses(return_remaining_strings=True)
     if unknown:
         parser.error(f"unknown arguments: {' '.join(unknown)}; --help lists them")
@@ -1807,14 +1814,19 @@ def cli(main, args_class, recipes: dict[str, dict] | None = None) -> None:
     sys.exit(2)
 
 
+def recipe_of(recipes: dict[str, dict], dataset: str, classifier: str | None = None) -> dict:
+    """A data set's recipe; what a classifier changes about it stands in recipes["DATASET/CLASSIFIER"]."""
+    return recipes.get(dataset, {}) | recipes.get(f"{dataset}/{classifier}", {})
+
+
 def fill_recipe(args: RunArgs, recipes: dict[str, dict], method: str) -> RunArgs:
     """Returns a copy of args whose fields left None have the values of the data set's recipe.
 
     Raises UserError if a value cannot be.
     """
-    check_choice("dataset", args.dataset, recipes)
-    recipe = {name: value for name, value in recipes[args.dataset].items() if getattr(args, name) is None}
-    args = dataclasses.replace(args, **recipe)
+    check_choice("dataset", args.dataset, DATASETS)
+    recipe = recipe_of(recipes, args.dataset, args.classifier)
+    args = dataclasses.replace(args, **{k: v for k, v in recipe.items() if getattr(args, k) is None})
     args.out = args.out or f"runs/{method}-{args.dataset}{'-ladder' if args.ladder else ''}-s{args.seed}"
     count = args.prompt.count("{}")
     require(count == 1, f"--prompt '{args.prompt}' must have one {{}} for the class name, not {count}")

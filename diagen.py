@@ -607,8 +607,7 @@ def draw_epoch(
     All classes are equally probable. With `probability` a drawn real image is replaced by one of its M
     variations, which is drawn by `weights` [N, M]. If these are None, no real image is replaced.
     """
-    labels = np.asarray(labels)
-    members = [np.flatnonzero(labels == c) for c in np.unique(labels)]
+    members = common.by_class(labels)
     drawn = [rng.choice(members[c]) for c in rng.integers(len(members), size=count)]
     if weights is not None:
         for j, i in enumerate(drawn):

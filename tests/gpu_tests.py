@@ -181,7 +181,7 @@ def test_the_memory_bank(pipe, on_gpu, engine, sources, tmp_path):
         records = [dict(file_name=f"{i}.png", label=int(y), guided=True) for i, y in enumerate(sources[1])]
         run.keep(out.images, [run.path / "synthetic" / r["file_name"] for r in records], out.latents)
         synthetic.add(run, records, 32)
-        assert {latents.device.type for latents in synthetic.bank.values()} == {"cpu"}
+        assert {z.device.type for latents in synthetic.bank.values() for z in latents} == {"cpu"}
         images.append(np.stack(synthetic.images.sources).astype(int))
         again.append(guided(generator, sources, bank=synthetic.bank, adversarial_weight=0.0).images)
     assert np.abs(images[0] - images[1]).max() <= 1
