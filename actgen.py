@@ -32,7 +32,7 @@ from torch import nn
 from transformers.hf_argparser import HfArg
 
 import common
-from common import require
+from common import number, require
 
 
 @dataclass
@@ -42,27 +42,27 @@ class Args(common.RunArgs):
     # the experiment
     equal_steps: bool = HfArg(default=False, help="real images only, but seen as often as ActGen sees images")
     random_generation: bool = HfArg(default=False, help="plain text-to-image of random classes, no guides")
-    images_per_epoch: int | None = HfArg(default=None, help="n, images generated after each epoch")
+    images_per_epoch: int | None = number("[1, 1e6]", "n, images generated after each epoch")
     # attentive image guidance
     image_guidance: bool = HfArg(default=True, help="mix in the guide's trajectory")
     attention_mask: bool = HfArg(default=True, help="mix it in only where the class tokens look")
-    guidance_centre: float | None = HfArg(default=None, help="i_0, the step at which gamma is 1/2")
-    attention_resolution: int | None = HfArg(
-        default=None, help="side of the attention maps; 0: a quarter of the latents' side"
+    guidance_centre: float | None = number("[0, 1000]", "i_0, the step at which gamma is 1/2")
+    attention_resolution: int | None = number(
+        "[0, 1024]", "side of the attention maps; 0: a quarter of the latents' side"
     )
     # gradient guidance of the text embedding
-    contrastive_weight: float = HfArg(default=1.0, help="weight of L_contra; 0: off")
-    adversarial_weight: float = HfArg(default=0.1, help="lambda, weight of L_adv; 0: off")
-    adversarial_pixels: int = HfArg(
-        default=0, help="side of the images decoded for L_adv, fewer is faster but not exact; 0: all"
+    contrastive_weight: float = number("[0, 1000]", "weight of L_contra; 0: off", 1.0)
+    adversarial_weight: float = number("[0, 1000]", "lambda, weight of L_adv; 0: off", 0.1)
+    adversarial_pixels: int = number(
+        "[0, 4096]", "side of the images decoded for L_adv, fewer is faster but not exact; 0: all", 0
     )
-    gradient_steps: int = HfArg(default=10, help="number of first sampling steps with gradient guidance")
-    nu: float | None = HfArg(default=None, help="length of a step on the text embedding")
+    gradient_steps: int = number("[0, 10000]", "number of first sampling steps with gradient guidance", 10)
+    nu: float | None = number("[0, 1000]", "length of a step on the text embedding")
     channel_steps: bool | None = HfArg(default=None, help="a step has this length in every channel")
-    rho: float = HfArg(default=200.0, help="margin of L_contra, for latents of 4x64x64")
+    rho: float = number("[0, 1e6]", "margin of L_contra, for latents of 4x64x64", 200.0)
     # active learning
     few_shot: bool | None = HfArg(default=None, help="no gen-val: all training images are guides")
-    genval_share: float | None = HfArg(default=None, help="share of the training images held out as gen-val")
+    genval_share: float | None = number("(0, 1)", "share of the training images held out as gen-val")
 
 
 SD21 = dict(
@@ -720,11 +720,7 @@ def train_on_real(args: Args, run: common.Run, accelerator, data: common.Data) -
 
 def resolve(args: Args) -> Args:
     """Fills the fields left None from the data set's recipe. Raises UserError if a value cannot be."""
-    args = common.fill_recipe(args, RECIPES, "actgen")
-    common.check_at_least(1, args, "images_per_epoch")
-    common.check_at_least(0, args, "adversarial_pixels")
-    require(0 < args.genval_share < 1, f"--genval_share {args.genval_share} must lie between 0 and 1")
-    return args
+    return common.fill_recipe(args, RECIPES, "actgen")
 
 
 def check(args: Args, accelerator, data: common.Data, pipe) -> None:

@@ -17,6 +17,7 @@ import io
 import itertools
 import json
 import math
+import operator
 import os
 import re
 import shutil
@@ -286,7 +287,7 @@ def _coco(root: str) -> Data:
     for split, year in (("train", "train2017"), ("test", "val2017")):
         path = Path(root) / "annotations" / f"instances_{year}.json"
         try:
-            annotations = json.loads(path.read_text())
+            annotations = json.loads(path.read_text(encoding="utf-8"))
             categories = sorted(annotations["categories"], key=lambda c: c["id"])
             largest = {}  # image id -> (area, category id) of its largest object
             for a in annotations["annotations"]:
@@ -491,7 +492,11 @@ def split_head(classifier: nn.Module) -> tuple[nn.Module, nn.Linear]:
 def from_pretrained(cls, model_id: str, **options):
     """cls.from_pretrained, but a model that cannot be loaded ends in one line. `~` is the home folder."""
     model_id = os.path.expanduser(model_id)
-    advice = "no such folder; a model id of the hub needs a network and, if it is gated, its licence"
+    advice, folder = "no such folder", Path(model_id).parent
+    if re.fullmatch(r"([\w.-]+/)?[\w.-]+", model_id) and not ("/" in model_id and folder.is_dir()):
+        advice += "; a model id of the hub needs a network and, if it is gated, its licence"
+    else:
+        require(Path(model_id).exists(), f"cannot load the model '{model_id}': {advice}")
     if Path(model_id).exists():
         advice = "the folder is incomplete or holds a model of another kind"
     if Path(model_id).is_file():
@@ -942,7 +947,13 @@ class Run:
         self.wait()
 
     def keep(self, images: torch.Tensor, files: list[Path], latents: torch.Tensor | None = None) -> None:
-        """Writes images [B, 3, H, W] in [0, 1] as PNG files, each after its latents in latents/STEM.pt."""
+        """Writes images [B, 3, H, W] in [0, 1] as PNG files, each after its latents in latents/STEM.pt.
+
+        Raises UserError if an image is not made of numbers.
+        """
+        causes = [f"--{k}" for k in ("guidance_scale", "noise_scale", "sigmas", "nu") if k in self.config]
+        advice = f"lower {' or '.join(causes)}, or give another --diffusion"
+        require(images.isfinite().all(), f"the image {files[0].name} came out as NaN; {advice}")
         for i, file in enumerate(files):
             if latents is not None:
                 write_file(self.path / "latents" / f"{file.stem}.pt", latents[i].cpu().clone())
@@ -1061,6 +1072,8 @@ def class_folders(class_names: list[str]) -> list[str]:
     folders = []
     for name in class_names:
         clean = re.sub(r"[^\w .()'-]", "_", name).encode()[:100].decode(errors="ignore").strip(" .") or "_"
+        if re.fullmatch(r"(?i:con|prn|aux|nul|(com|lpt)[\d¹²³])", clean.partition(".")[0].rstrip()):
+            clean = f"_{clean}"  # a device's name on Windows
         folder, i = clean, 1
         while folder.lower() in {f.lower() for f in folders}:
             folder, i = f"{clean} {i}", i + 1
@@ -1186,6 +1199,25 @@ def save_curves(series: dict[str, list[dict]], path: Path) -> None:
 # The command line: one run, or the ladder
 
 
+def number(interval: str, help: str, default=None, **options):
+    """An argument field whose numbers must lie in an interval such as "(0, 1]", which --help shows."""
+    options = options or {"default": default}
+    return HfArg(help=help, metadata={"metavar": interval}, **options)
+
+
+def check_numbers(args) -> None:
+    """Raises UserError if a number of the arguments is not in the interval of its field; NaN is in none."""
+    for field in dataclasses.fields(args):
+        value, interval = getattr(args, field.name), field.metadata.get("metavar", "")
+        if value is None or not interval.startswith(("[", "(")):
+            continue
+        low, high = map(float, interval[1:-1].split(","))
+        above, below = (operator.le if end in "[]" else operator.lt for end in (interval[0], interval[-1]))
+        values = value if isinstance(value, list) else [value]
+        fits = values and all(above(low, v) and below(v, high) for v in values)
+        require(fits, f"--{field.name} {value} must lie in {interval}")
+
+
 @dataclass
 class RunArgs:
     """The arguments of every method. Where the default is None, the data set's recipe gives the value."""
@@ -1194,38 +1226,38 @@ class RunArgs:
     data_dir: str = HfArg(default="data", help="folder where the data set is, or is downloaded to")
     out: str | None = HfArg(default=None, help="run folder; if none is given, runs/METHOD-DATASET-sSEED")
     overwrite: bool = HfArg(default=False, help="start afresh if the folder holds a run")
-    seed: int = HfArg(default=0, help="seed of every random draw")
+    seed: int = number("[0, 4294967295]", "seed of every random draw", 0)
     ladder: bool = HfArg(default=False, help="run the ablation ladder over --seeds seeds")
-    seeds: int = HfArg(default=5, help="number of seeds of the ladder")
+    seeds: int = number("[1, 1000]", "number of seeds of the ladder", 5)
     baseline: bool = HfArg(default=True, help="also train the method's baselines")
     real_only: bool = HfArg(default=False, help="train on the real images alone")
-    workers: int | None = HfArg(default=None, help="processes that load images, on each GPU")
+    workers: int | None = number("[0, 1000]", "processes that load images, on each GPU")
     # the generator
     diffusion: str | None = HfArg(default=None, help="Stable Diffusion: model id or local folder")
     prompt: str | None = HfArg(default=None, help="prompt; {} stands for the class name")
-    steps: int | None = HfArg(default=None, help="sampling steps")
-    guidance_scale: float | None = HfArg(default=None, help="scale of classifier-free guidance")
-    generation_batch_size: int | None = HfArg(default=None, help="images that are generated at a time")
+    steps: int | None = number("[1, 10000]", "sampling steps")
+    guidance_scale: float | None = number("[0, 100]", "scale of classifier-free guidance")
+    generation_batch_size: int | None = number("[1, 1e6]", "images that are generated at a time")
     square: str = HfArg(default="squeeze", help="how real images become square for it: squeeze or crop")
     gradient_checkpointing: bool = HfArg(default=False, help="less memory for gradients, but slower")
     # data and classifier
-    examples_per_class: int | None = HfArg(default=None, help="real training images per class; 0 takes all")
+    examples_per_class: int | None = number("[0, 1e9]", "real training images per class; 0 takes all")
     classifier: str | None = HfArg(default=None, help="small_cnn, clip, or any model of timm")
     pretrained: bool | None = HfArg(default=None, help="start from pretrained weights")
     clip: str = HfArg(
         default="openai/clip-vit-base-patch32", help="CLIP model id or folder, where CLIP is used"
     )
-    image_size: int | None = HfArg(default=None, help="side of the classifier's images in pixels")
+    image_size: int | None = number("[8, 1024]", "side of the classifier's images in pixels")
     augment: str | None = HfArg(
         default=None, help="digits, crop, resized, squeezed, zoomed or none; also with +randaugment after it"
     )
-    epochs: int | None = HfArg(default=None, help="training epochs")
-    batch_size: int | None = HfArg(default=None, help="real images in a training batch, over all GPUs")
+    epochs: int | None = number("[1, 1e6]", "training epochs")
+    batch_size: int | None = number("[1, 1e6]", "real images in a training batch, over all GPUs")
     optimizer: str | None = HfArg(default=None, help="sgd, adam or adamw")
-    lr: float | None = HfArg(default=None, help="peak learning rate")
-    weight_decay: float | None = HfArg(default=None, help="weight decay")
-    warmup: float | None = HfArg(default=None, help="share of the epochs in which the learning rate warms up")
-    eval_every: int | None = HfArg(default=None, help="epochs from one evaluation to the next")
+    lr: float | None = number("(0, 100]", "peak learning rate")
+    weight_decay: float | None = number("[0, 1]", "weight decay")
+    warmup: float | None = number("[0, 1)", "share of the epochs in which the learning rate warms up")
+    eval_every: int | None = number("[1, 1e6]", "epochs from one evaluation to the next")
 
 
 def cli(main, args_class, recipes: dict[str, dict] | None = None) -> None:
@@ -1233,6 +1265,8 @@ def cli(main, args_class, recipes: dict[str, dict] | None = None) -> None:
 
     recipes: the defaults of each data set, so that `--dataset cifar10 --help` shows the values in use.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):  # it may lack letters, as in a file on Windows
+        sys.stdout.reconfigure(errors="replace")
     parser = HfArgumentParser(
         args_class,
         description=sys.modules["__main__"].__doc__.strip().split("\n")[0],
@@ -1280,10 +1314,11 @@ def fill_recipe(args: RunArgs, recipes: dict[str, dict], method: str) -> RunArgs
     check_choice("dataset", args.dataset, recipes)
     recipe = {name: value for name, value in recipes[args.dataset].items() if getattr(args, name) is None}
     args = dataclasses.replace(args, **recipe)
+    paths = {k: os.path.expanduser(v) for k, v in vars(args).items() if isinstance(v, str)}  # ~ is home
+    args = dataclasses.replace(args, **paths)
     args.out = args.out or f"runs/{method}-{args.dataset}{'-ladder' if args.ladder else ''}-s{args.seed}"
     require("{}" in args.prompt, f"--prompt '{args.prompt}' has no {{}} for the class name")
-    check_at_least(1, args, "epochs", "batch_size", "generation_batch_size", "steps", "seeds", "eval_every")
-    check_at_least(0, args, "seed", "examples_per_class", "workers")
+    check_numbers(args)
     return args
 
 
