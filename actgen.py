@@ -718,6 +718,16 @@ def train_on_real(args: Args, run: common.Run, accelerator, data: common.Data) -
     return run.outcome("real only") | {"synthetic": 0}
 
 
+def plan_run(args: Args, real: int) -> dict[str, str]:
+    """What a run on so many real images will do, for Run.begin."""
+    equal, images = equal_epochs(args, real), args.epochs // 2 * args.images_per_epoch
+    epochs = {"real only": equal if args.equal_steps else args.epochs, "ActGen": args.epochs}
+    seen = {"real only": epochs["real only"] * real, "ActGen": equal * real}
+    titles = ["real only"] if args.real_only else [*(["real only"] if args.baseline else []), "ActGen"]
+    plan = {t: f"{epochs[t]} epochs, about {max(1, seen[t] // args.batch_size)} steps" for t in titles}
+    return plan if args.real_only else {"generating": f"{images} images"} | plan
+
+
 def resolve(args: Args) -> Args:
     """Fills the fields left None from the data set's recipe. Raises UserError if a value cannot be."""
     return common.fill_recipe(args, RECIPES, "actgen")
@@ -745,7 +755,7 @@ def run_once(args: Args, accelerator) -> dict:
         if not args.real_only:
             pipe = common.load_pipeline(args.diffusion, accelerator.device, None, save_memory)
     check(args, accelerator, data, pipe)
-    run.begin()
+    run.begin(plan_run(args, len(data.train)))
     if args.real_only or args.baseline:
         result["real only"] = train_on_real(args, run, accelerator, data)
     if not args.real_only:

@@ -936,6 +936,18 @@ def plan_jobs(args: Args) -> dict[str, Args | None]:
     return jobs if args.real_only else jobs | {METHODS[args.method]: args}
 
 
+def plan_run(args: Args, data: common.Data) -> dict[str, str]:
+    """What a run will do, for Run.begin."""
+    plan, jobs = {}, plan_jobs(args)
+    drawn = [] if args.synthetic else [job for job in jobs.values() if job]
+    if any(map(learns_tokens, drawn)) and not args.embeddings:
+        plan["learning tokens"] = f"{len(data.class_names)} tokens, {args.inversion_steps} steps each"
+    for job in drawn:
+        images = len(data.train) * args.variations
+        plan[f"{'synthetic' if job is args else job.method} images"] = f"{images} images"
+    return plan | dict.fromkeys(jobs, f"{args.epochs} epochs, {args.epochs * args.iterations} steps")
+
+
 def check(args: Args, run: common.Run, accelerator, data: common.Data, pipe) -> None:
     """Raises UserError for mistakes that would otherwise show only after hours."""
     common.check_training(args, accelerator, data)
@@ -966,7 +978,7 @@ def run_once(args: Args, accelerator) -> dict:
         if not (args.real_only or args.synthetic):
             pipe = common.load_pipeline(args.diffusion, accelerator.device, None, save_memory)
     check(args, run, accelerator, data, pipe)
-    run.begin()
+    run.begin(plan_run(args, data))
     for title, job in plan_jobs(args).items():
         if job:
             folder = Path(args.synthetic or run.path) / ("synthetic" if job is args else job.method)

@@ -771,6 +771,14 @@ def resolve(args: Args) -> Args:
     return args
 
 
+def plan_run(args: Args, records: int, real: int, kinds: list[str]) -> dict[str, str]:
+    """What a run will do, for Run.begin: records: synthetic images; real: real ones; kinds: of labels."""
+    plan = {"generating": f"{records} images"} if records and not args.synthetic else {}
+    pool = (records or real * args.variations) + args.unlabelled
+    steps = args.epochs * max(1, pool // pool_batch(args))
+    return plan | {CLASSIFIERS[kind]: f"{args.epochs} epochs, {steps} steps" for kind in kinds}
+
+
 def check(args: Args, accelerator, data: common.Data, pipe) -> None:
     """Raises UserError for mistakes that would otherwise show only after the images are generated."""
     common.check_training(args, accelerator, data)
@@ -801,15 +809,18 @@ def run_once(args: Args, accelerator) -> dict:
         read = common.read_records
         records = read(folder, data.class_names) if args.synthetic else records_of(args, data)
     check(args, accelerator, data, pipe)
-    run.begin()
+    labels = ["none"] if args.real_only else [args.labels]
+    kinds = list(
+        dict.fromkeys([*(("none", "seed") if args.baseline and not args.real_only else ()), *labels])
+    )
+    run.begin(plan_run(args, len(records), len(data.train), kinds))
 
-    pool, generated, kinds, result = None, {}, ["none"], {}
+    pool, generated, result = None, {}, {}
     if pipe is not None:
         draw_variations(args, run, pipe, data, records)
         pipe = None  # frees its memory
     if not args.real_only:
         pool, generated["distances"] = make_pool(args, accelerator, data, folder, records)
-        kinds = list(dict.fromkeys([*(("none", "seed") if args.baseline else ()), args.labels]))
     for kind in kinds:
         scores, *labels = train(args, run, accelerator, data, pool if kind != "none" else None, kind)
         result[CLASSIFIERS[kind]] = scores | {"synthetic": len(records)}
