@@ -492,11 +492,10 @@ def split_head(classifier: nn.Module) -> tuple[nn.Module, nn.Linear]:
 def from_pretrained(cls, model_id: str, **options):
     """cls.from_pretrained, but a model that cannot be loaded ends in one line. `~` is the home folder."""
     model_id = os.path.expanduser(model_id)
-    advice, folder = "no such folder", Path(model_id).parent
-    if re.fullmatch(r"([\w.-]+/)?[\w.-]+", model_id) and not ("/" in model_id and folder.is_dir()):
+    hub, advice = re.fullmatch(r"([\w-][\w.-]*/)?[\w-][\w.-]*", model_id), "no such folder"
+    require(hub or Path(model_id).exists(), f"cannot load the model '{model_id}': {advice}")
+    if "/" not in model_id or not Path(model_id).parent.is_dir():
         advice += "; a model id of the hub needs a network and, if it is gated, its licence"
-    else:
-        require(Path(model_id).exists(), f"cannot load the model '{model_id}': {advice}")
     if Path(model_id).exists():
         advice = "the folder is incomplete or holds a model of another kind"
     if Path(model_id).is_file():
@@ -988,7 +987,8 @@ class Run:
         """
         causes = [f"--{k}" for k in ("guidance_scale", "noise_scale", "sigmas", "nu") if k in self.config]
         advice = f"lower {' or '.join(causes)}, or give another --diffusion"
-        require(images.isfinite().all(), f"the image {files[0].name} came out as NaN; {advice}")
+        broken = [f for f, image in zip(files, images, strict=True) if not image.isfinite().all()]
+        require(not broken, f"the image {''.join(f.name for f in broken[:1])} came out as NaN; {advice}")
         for i, file in enumerate(files):
             if latents is not None:
                 write_file(self.path / "latents" / f"{file.stem}.pt", latents[i].cpu().clone())
@@ -1009,7 +1009,7 @@ class Run:
         log = self.logs[title] = state["log"] if state else []
         self.done[title] = len(log)
         if len(log) < count:
-            self.track(title)
+            self._track(title)
         with tqdm(desc=title, total=count, initial=len(log), disable=not self.main) as bar:
             for epoch in range(len(log), count):
                 clock, before = time.time(), sum(self.seconds.values())
@@ -1030,7 +1030,7 @@ class Run:
         while self.accelerator.trackers:
             self.accelerator.trackers.pop().finish()
 
-    def track(self, title: str) -> None:
+    def _track(self, title: str) -> None:
         """Starts a run of the tracker that --report_to names; each classifier has one of its own."""
         config = {k: v if isinstance(v, int | float | str) else str(v) for k, v in self.config.items()}
         self.accelerator.project_configuration.logging_dir = str(self.path / "logs" / slug(title))
@@ -1260,7 +1260,7 @@ def check_numbers(args) -> None:
     """Raises UserError if a number of the arguments is not in the interval of its field; NaN is in none."""
     for field in dataclasses.fields(args):
         value, interval = getattr(args, field.name), field.metadata.get("metavar", "")
-        if value is None or not interval.startswith(("[", "(")):
+        if value is None or not interval:
             continue
         low, high = map(float, interval[1:-1].split(","))
         above, below = (operator.le if end in "[]" else operator.lt for end in (interval[0], interval[-1]))

@@ -800,7 +800,8 @@ def run_once(args: Args, accelerator) -> dict:
     run = common.Run(args, accelerator)
     if result := run.result():
         return result
-    pipe, records, folder = None, [], Path(args.synthetic or args.out) / "synthetic"
+    pipe, records, kinds = None, [], ["none"]
+    folder = Path(args.synthetic or args.out) / "synthetic"
     with accelerator.main_process_first():  # it downloads what is missing
         data = common.data_of(args, unlabelled=args.unlabelled > 0)
         if not (args.real_only or args.synthetic):
@@ -808,11 +809,8 @@ def run_once(args: Args, accelerator) -> dict:
     if not args.real_only:
         read = common.read_records
         records = read(folder, data.class_names) if args.synthetic else records_of(args, data)
+        kinds = list(dict.fromkeys([*(("none", "seed") if args.baseline else ()), args.labels]))
     check(args, accelerator, data, pipe)
-    labels = ["none"] if args.real_only else [args.labels]
-    kinds = list(
-        dict.fromkeys([*(("none", "seed") if args.baseline and not args.real_only else ()), *labels])
-    )
     run.begin(plan_run(args, len(records), len(data.train), kinds))
 
     pool, generated, result = None, {}, {}
