@@ -618,13 +618,13 @@ class Synthetic:
     """
 
     def __init__(self, transform):
-        self.images, self.records, self.bank = common.Images([], [], transform), [], {}
+        self.images, self.records, self.bank = common.Images([], [], transform).keep(), [], {}
 
-    def add(self, run: common.Run, records: list[dict], size: int) -> None:
-        """Adds the images of an epoch's records, at `size` pixels, and their latents; lists the records."""
+    def add(self, run: common.Run, records: list[dict]) -> None:
+        """Adds the images of an epoch's records, and their latents; lists the records."""
         files = [run.path / "synthetic" / record["file_name"] for record in records]
-        self.images.sources += common.keep_small(files, size)
-        self.images.labels += [record["label"] for record in records]
+        labels = [record["label"] for record in records]
+        self.images += common.Images(files, labels, self.images.transform).keep()
         new = {}
         for file, record in zip(files, records, strict=True):
             if record[
@@ -639,21 +639,26 @@ class Synthetic:
         run.write("synthetic/metadata.jsonl", self.records)
 
 
-def train_epoch(args: Args, accelerator, model, optimizer, images, synthetic: int, epoch: int, epochs: int):
-    """Trains for one epoch on `images`, of which so many are synthetic. Returns loss and accuracy.
+def load_all(args: Args, accelerator, images: common.Images) -> common.Loader:
+    """The loader of all images for training."""
+    return common.Loader(images, args.batch_size, accelerator, args.workers, samples=len(images))
+
+
+def train_epoch(args: Args, accelerator, model, optimizer, loader, synthetic: int, epoch: int, epochs: int):
+    """Trains for one epoch on the loader's images, of which so many are synthetic. Returns loss and accuracy.
 
     The learning rate follows the epochs. Within one it advances over as many batches as there are real ones:
     synthetic batches do not count (section 4.1).
     """
     common.seed_everything(accelerator, args.seed, epoch)
-    loader = common.make_loader(images, args.batch_size, accelerator, (args.seed, epoch), args.workers)
-    real_batches = len(loader) * (1 - synthetic / len(images))
+    loader.shuffle(args.seed, epoch)
+    real_batches = len(loader) * (1 - synthetic / loader.samples)
 
     def learning_rate(batch: int) -> float:
         return args.lr * common.cosine((epoch + min(1, batch / real_batches)) / epochs, args.warmup)
 
     losses = common.train_epoch(model, loader, optimizer, learning_rate, accelerator)
-    return {"images": len(images), "synthetic": synthetic} | losses
+    return {"images": loader.samples, "synthetic": synthetic} | losses
 
 
 def hold_out(args: Args, data: common.Data) -> tuple[common.Images, common.Images]:
@@ -671,7 +676,7 @@ def train(args: Args, run: common.Run, accelerator, data: common.Data, pipe) -> 
     half, names = args.epochs // 2, data.class_names
     real, gen_val = hold_out(args, data)
     net, model, optimizer = common.new_classifier(args, accelerator, names)
-    synthetic, drawn, untrained = Synthetic(data.train.transform), 0, None
+    synthetic, drawn, untrained, loader = Synthetic(data.train.transform), 0, None, None
     if args.few_shot:
         # choice: few-shot guides are training images, of which a trained classifier is always sure: guidance
         # would fade to nothing. Their confidence is that of the untrained classifier, zero-shot CLIP.
@@ -685,15 +690,16 @@ def train(args: Args, run: common.Run, accelerator, data: common.Data, pipe) -> 
             plan = run.once(f"plans/{drawn + 1:03d}.json", ask, *question, together=True)
             # choice: the memory bank holds earlier epochs only, so that no batch depends on another
             draw_variants(args, run, pipe, net.eval(), gen_val, names, plan["records"], synthetic.bank)
-            synthetic.add(run, plan["records"], args.image_size)
+            synthetic.add(run, plan["records"])
             drawn += 1
             if drawn == epoch:  # else they are read again, in a run that goes on
                 run.log(misclassified=plan["wrong"])
 
         # one epoch on all images; gen-val joins them at half time
-        images = (data.train if epoch >= half else real) + synthetic.images
+        if epoch <= half or loader is None:
+            loader = load_all(args, accelerator, (data.train if epoch >= half else real) + synthetic.images)
         count = len(synthetic.images)
-        run.log(**train_epoch(args, accelerator, model, optimizer, images, count, epoch, args.epochs))
+        run.log(**train_epoch(args, accelerator, model, optimizer, loader, count, epoch, args.epochs))
         if (epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs:
             run.log_scores(common.evaluate(net, data, accelerator, args.workers))
     generation = run.seconds.get("generating", 0.0)
@@ -711,8 +717,9 @@ def train_on_real(args: Args, run: common.Run, accelerator, data: common.Data) -
     """Trains the baseline, the same recipe on the real images alone, and returns its scores on each split."""
     epochs = equal_epochs(args, len(data.train)) if args.equal_steps else args.epochs
     net, model, optimizer = common.new_classifier(args, accelerator, data.class_names)
+    loader = load_all(args, accelerator, data.train)
     for epoch in run.epochs("real only", epochs, model=net, optimizer=optimizer):
-        run.log(**train_epoch(args, accelerator, model, optimizer, data.train, 0, epoch, epochs))
+        run.log(**train_epoch(args, accelerator, model, optimizer, loader, 0, epoch, epochs))
         if (epoch + 1) % args.eval_every == 0 or epoch + 1 == epochs:
             run.log_scores(common.evaluate(net, data, accelerator, args.workers))
     return run.outcome("real only") | {"synthetic": 0}

@@ -27,6 +27,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -68,17 +69,33 @@ class Images(torch.utils.data.Dataset):
     """Labelled images that are read on demand: item i is (transform(PIL image in RGB), label).
 
     sources: file paths, PIL images, or (data set, index) pairs for a data set that keeps its images in memory
+    transform: a Transform
     """
 
-    def __init__(self, sources, labels, transform=None):
+    def __init__(self, sources, labels, transform=None, kept=None):
         self.sources, self.labels, self.transform = list(sources), [int(y) for y in labels], transform
+        self.kept = kept  # see keep
 
     def __len__(self):
         return len(self.sources)
 
     def __getitem__(self, i):
-        image = open_image(self.sources[i])
-        return (self.transform(image) if self.transform else image), self.labels[i]
+        return self.transform(self.image(i)), self.labels[i]
+
+    def image(self, i: int):
+        """Image i: a PIL image or, of images that are kept, uint8 [3, size, size]."""
+        return self.kept[i] if self.kept is not None else open_image(self.sources[i])
+
+    def keep(self) -> "Images":
+        """Reads all images at once and keeps them as squares of 8 bits, if they are small and fit in memory.
+
+        The largest that are kept have 64 pixels, and all together 2 GiB.
+        """
+        size = self.transform.size
+        if size and size <= 64 and len(self) * 3 * size**2 <= 2**31 and self.kept is None:
+            with ThreadPoolExecutor() as pool:
+                self.kept = list(pool.map(lambda s: self.transform.square(open_image(s)), self.sources))
+        return self
 
     def name(self, i: int) -> str:
         """The file of image i, or "#i" if the image does not come from a file of its own."""
@@ -89,16 +106,19 @@ class Images(torch.utils.data.Dataset):
 
     def subset(self, indices, transform=None) -> "Images":
         """The images `indices`, with another transform if one is given."""
-        indices = [int(i) for i in indices]
-        sources, labels = [self.sources[i] for i in indices], [self.labels[i] for i in indices]
-        return Images(sources, labels, transform or self.transform)
+        sources, labels, kept = (
+            values and [values[int(i)] for i in indices] for values in (self.sources, self.labels, self.kept)
+        )
+        return Images(sources, labels, self.transform, kept).transformed(transform or self.transform)
 
     def transformed(self, transform) -> "Images":
         """The same images with another transform."""
-        return Images(self.sources, self.labels, transform)
+        now, then = (getattr(t, "size", None) and (t.size, t.how) for t in (transform, self.transform))
+        return Images(self.sources, self.labels, transform, self.kept if now == then else None)
 
     def __add__(self, other: "Images") -> "Images":
-        return Images(self.sources + other.sources, self.labels + other.labels, self.transform)
+        kept = None if self.kept is None or other.kept is None else self.kept + other.kept
+        return Images(self.sources + other.sources, self.labels + other.labels, self.transform, kept)
 
 
 @dataclass
@@ -146,8 +166,79 @@ def square(size: int, how: str = "crop") -> list:
     return steps[how]
 
 
-def make_transforms(size: int, augment: str, how: str = "crop"):
-    """The training and the evaluation transform, from PIL to float [3, size, size] in [0, 1].
+class Transform:
+    """How images are seen: PIL image in RGB -> float [3, size, size] in [0, 1], in three stages.
+
+        square    a square of 8 bits, uint8 [3, size, size]
+        each      a random change of one image of 8 bits, such as RandAugment
+        steps     (function, n) pairs: random changes of a batch, float [B, 3, S, S], on its device. Each
+                  takes uniform random numbers [B, n] in [0, 1), so that an image's change is its own
+
+    size, how: of a square that is not random, else None
+    """
+
+    def __init__(self, square: list, steps=(), each=None, size: int | None = None, how: str | None = None):
+        from torchvision.transforms import v2
+
+        self.square, self.each, self.steps = v2.Compose([*square, v2.PILToTensor()]), each, list(steps)
+        self.size, self.how = size, how
+
+    @property
+    def draws(self) -> int:
+        """The random numbers that the steps take for each image."""
+        return sum(n for _, n in self.steps)
+
+    def read(self, image) -> torch.Tensor:
+        """A PIL image, or one that is kept: uint8 [3, size, size] after square and each."""
+        x = image if isinstance(image, torch.Tensor) else self.square(image)
+        return self.each(x) if self.each else x
+
+    def augment(self, x: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+        """uint8 [B, 3, size, size] -> float after the steps; u: [B, draws]."""
+        x = x.float() / 255
+        for function, n in self.steps:
+            x, u = function(x, u[:, :n]), u[:, n:]
+        return x
+
+    def __call__(self, image) -> torch.Tensor:
+        return self.augment(self.read(image)[None], torch.rand(1, self.draws))[0]
+
+
+def shift(x: torch.Tensor, u: torch.Tensor, padding: int, mode: str) -> torch.Tensor:
+    """Random crops [B, 3, S, S] of padded images, u: [B, 2]. mode: "constant" (black) or "reflect"."""
+    (B, C, S, _), offset = x.shape, (u * (2 * padding + 1)).long()
+    rows, columns = (offset[:, k, None] + torch.arange(S, device=x.device) for k in (0, 1))  # [B, S]
+    batch, channel = torch.arange(B, device=x.device)[:, None, None, None], torch.arange(C)[:, None, None]
+    padded = F.pad(x, [padding] * 4, mode)
+    return padded[batch, channel.to(x.device), rows[:, None, :, None], columns[:, None, None, :]]
+
+
+def flip(x: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+    """Mirrors half of the images, u: [B, 1]."""
+    return torch.where(u[..., None, None] < 0.5, x.flip(3), x)
+
+
+def affine(x: torch.Tensor, degrees, scale=1.0, right=0.0, down=0.0) -> torch.Tensor:
+    """Images turned counter-clockwise, enlarged and shifted by shares of their side, each a number or [B]."""
+    B = len(x)
+    angle, scale, right, down = (
+        torch.as_tensor(v, device=x.device).expand(B) for v in (degrees, scale, right, down)
+    )
+    cos, sin = torch.cos(torch.deg2rad(angle)) / scale, torch.sin(torch.deg2rad(angle)) / scale
+    inverse = torch.stack(
+        [cos, -sin, -2 * (cos * right - sin * down), sin, cos, -2 * (sin * right + cos * down)], 1
+    )
+    grid = F.affine_grid(inverse.view(B, 2, 3), x.shape, align_corners=False)
+    return F.grid_sample(x, grid, align_corners=False)
+
+
+def turn(x: torch.Tensor, u: torch.Tensor, degrees: float = 15.0) -> torch.Tensor:
+    """Turns the images by up to `degrees` either way; the corners become black. u: [B, 1]."""
+    return affine(x, degrees * (2 * u[:, 0] - 1))
+
+
+def make_transforms(size: int, augment: str, how: str = "crop") -> tuple[Transform, Transform]:
+    """The training and the evaluation transform of images of `size` pixels.
 
     augment: "digits" (shifts), "crop" (CIFAR's padded crop, flip), "resized" (ImageNet's random resized crop,
         flip), "squeezed" (DIAGen: squeezed to a square, flip, rotation by up to 15 degrees), "zoomed" (DIAGen
@@ -157,22 +248,26 @@ def make_transforms(size: int, augment: str, how: str = "crop"):
     """
     from torchvision.transforms import v2
 
-    to_tensor = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True)]
-    flip, turn = v2.RandomHorizontalFlip(), v2.RandomRotation(15)
-    pad, kind = max(1, size // 8), augment.removesuffix("+randaugment")
-    plain = square(size, "squeeze" if kind in ("squeezed", "zoomed") else how)
+    kind, pad = augment.removesuffix("+randaugment"), max(1, size // 8)
     kinds = {
-        "digits": [*plain, v2.RandomCrop(size, padding=pad // 2, padding_mode="reflect")],
-        "crop": [*plain, v2.RandomCrop(size, padding=pad), flip],
-        "resized": [v2.RandomResizedCrop(size), flip],
-        "squeezed": [*plain, flip, turn],
-        "zoomed": [v2.RandomResizedCrop(size, scale=(0.7, 1.0)), flip, turn],
-        "none": plain,
+        "digits": [(partial(shift, padding=max(1, pad // 2), mode="reflect"), 2)],
+        "crop": [(partial(shift, padding=pad, mode="constant"), 2), (flip, 1)],
+        "resized": [(flip, 1)],
+        "squeezed": [(flip, 1), (turn, 1)],
+        "zoomed": [(flip, 1), (turn, 1)],
+        "none": [],
     }
     check_choice("augment", kind, kinds)
-    randaugment = [v2.RandAugment()] if augment != kind else []
-    evaluation = [v2.Resize(round(size / 0.875)), v2.CenterCrop(size)] if kind == "resized" else plain
-    return v2.Compose(kinds[kind] + randaugment + to_tensor), v2.Compose(evaluation + to_tensor)
+    how = "squeeze" if kind in ("squeezed", "zoomed") else how
+    zoomed = {"resized": [v2.RandomResizedCrop(size)], "zoomed": [v2.RandomResizedCrop(size, (0.7, 1.0))]}
+    each = v2.RandAugment() if augment != kind else None
+    if kind in zoomed:
+        training = Transform(zoomed[kind], kinds[kind], each)
+    else:
+        training = Transform(square(size, how), kinds[kind], each, size, how)
+    if kind == "resized":
+        return training, Transform([v2.Resize(round(size / 0.875)), v2.CenterCrop(size)], size=size, how=kind)
+    return training, Transform(square(size, how), size=size, how=how)
 
 
 def english(name: str) -> str:
@@ -226,6 +321,9 @@ def load_data(
         left = np.setdiff1d(np.arange(len(data.train)), drawn)
         data.unlabelled = data.unlabelled or data.train.subset(left)
         data.train = data.train.subset(drawn)
+    for split in (data.train, data.test, data.val, data.test_ood):
+        if split is not None:
+            split.keep()
     return data
 
 
@@ -631,8 +729,7 @@ def new_classifier(args, accelerator, class_names: list[str], wrap=lambda net: n
     """
     torch.manual_seed(args.seed)
     net = wrap(build_classifier(args.classifier, class_names, args.image_size, args.pretrained, args.clip))
-    if accelerator.device.type == "cuda":
-        net = net.to(memory_format=torch.channels_last)  # faster convolutions
+    net = net.to(memory_format=torch.channels_last)  # faster convolutions
     optimizer = make_optimizer(args.optimizer, net, args.lr, args.weight_decay)
     return net, *accelerator.prepare(net, optimizer)
 
@@ -699,38 +796,98 @@ def make_accelerator(report_to: str = "none", folder: str | None = None):
     )
 
 
-def make_loader(
-    images: Images,
-    batch_size: int,
-    accelerator,
-    seed: tuple[int, ...] | None = None,
-    workers: int = 0,
-    samples: int = 0,
-):
-    """A DataLoader that splits each batch over the processes; batch_size counts all of them.
+class Order(torch.utils.data.Sampler):
+    """The images of an epoch in their order: pairs of an index and a random seed."""
 
-    seed: if given, the images come in a random order, the same for any number of processes, and a last batch
-        that is not full is left out, unless it is the only one
-    samples: with a seed, draws so many images, again and again if there are fewer
+    def __init__(self, count: int):
+        self.set(torch.arange(count))
+
+    def set(self, order: torch.Tensor, *key: int) -> None:
+        """The next epoch's indices; `key` is the random seed of its augmentations."""
+        self.order, self.seeds = order, torch.randint(2**62, (len(order),), generator=generator(*key))
+
+    def __len__(self):
+        return len(self.order)
+
+    def __iter__(self):
+        return zip(self.order.tolist(), self.seeds.tolist(), strict=True)
+
+
+class Seen(torch.utils.data.Dataset):
+    """Images by (index, seed): uint8 [3, size, size], the random numbers of its augmentation, and its label.
+
+    All random numbers of an image come from its seed. They depend on no batch, process or worker.
     """
-    # Accelerator.prepare would keep every loader alive
-    from accelerate.data_loader import prepare_data_loader
 
-    whole = batch_size % accelerator.num_processes == 0
-    require(whole, f"--batch_size {batch_size} is not a multiple of {accelerator.num_processes} processes")
-    options = {"num_workers": min(workers, os.cpu_count()), "pin_memory": accelerator.device.type == "cuda"}
-    if seed is not None:
-        draw = {"num_samples": samples or None, "generator": generator(*seed)}
-        order = torch.utils.data.RandomSampler(images, **draw)
-        options |= {"sampler": order, "drop_last": len(order) >= batch_size}
-    return prepare_data_loader(
-        torch.utils.data.DataLoader(images, batch_size, **options),
-        accelerator.device,
-        accelerator.num_processes,
-        accelerator.process_index,
-        split_batches=True,
-        put_on_device=True,
-    )
+    def __init__(self, images: Images):
+        self.images = images
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, key):
+        (i, seed), transform = key, self.images.transform
+        torch.default_generator.manual_seed(seed)
+        return transform.read(self.images.image(i)), torch.rand(transform.draws), self.images.labels[i]
+
+
+class Loader:
+    """Batches of images x and labels y on the device; each batch is split over the processes.
+
+        for x, y in loader:                         all images in order, for evaluation
+        for x, y in loader.shuffle(seed, epoch):    an epoch of training
+        for x, y in loader.draw(order, seed):       the images that `order` [n] names
+
+    batch_size: counts all processes
+    samples: images of an epoch of training, again and again if there are fewer; a last batch that is not full
+        is left out, unless it is the only one. 0: for evaluation
+    workers: processes that read images, on each GPU; they live as long as the loader. Images that are kept in
+        memory need none.
+    """
+
+    def __init__(self, images: Images, batch_size: int, accelerator, workers: int = 0, samples: int = 0):
+        # Accelerator.prepare would keep every loader alive
+        from accelerate.data_loader import prepare_data_loader
+
+        whole = batch_size % accelerator.num_processes == 0
+        message = f"--batch_size {batch_size} is not a multiple of {accelerator.num_processes} processes"
+        require(whole, message)
+        workers = 0 if images.kept is not None else min(workers, os.cpu_count())
+        self.images, self.samples, self.order = images, samples, Order(len(images))
+        self.batches = prepare_data_loader(
+            torch.utils.data.DataLoader(
+                Seen(images),
+                batch_size,
+                sampler=self.order,
+                drop_last=samples >= batch_size,
+                num_workers=workers,
+                persistent_workers=workers > 0,
+                pin_memory=accelerator.device.type == "cuda",
+            ),
+            accelerator.device,
+            accelerator.num_processes,
+            accelerator.process_index,
+            split_batches=True,
+            put_on_device=True,
+        )
+
+    def draw(self, order, *key: int) -> "Loader":
+        """Sets the images of the next epoch; `key` is the random seed of their augmentations."""
+        self.order.set(torch.as_tensor(order), *key)
+        return self
+
+    def shuffle(self, *key: int) -> "Loader":
+        """Sets a random order, by the random seed `key`, for the next epoch."""
+        g, n = generator(*key), len(self.images)
+        passes = [torch.randperm(n, generator=g) for _ in range(math.ceil(self.samples / n))]
+        return self.draw(torch.cat(passes)[: self.samples], *key, 1)
+
+    def __len__(self):
+        return len(self.batches)
+
+    def __iter__(self):
+        for x, u, y in self.batches:
+            yield self.images.transform.augment(x, u), y
 
 
 def train_epoch(model, loader, optimizer, lr_at, accelerator) -> dict[str, float]:
@@ -774,15 +931,17 @@ def share_buffers(accelerator, model) -> None:
 
 
 @torch.no_grad()
-def predict(model, images: Images, accelerator, workers: int = 0, batch_size: int = 64, reduce=None):
+def predict(model, images: Images, accelerator, workers: int = 0, batch_size: int = 64, reduce=None, seed=()):
     """The logits [N, K] and labels [N] of all images, on the CPU and equal on every process.
 
     batch_size: of each process
+    seed: integers, the random seed of the images' augmentation, if there is one
     reduce: a function of the logits of a batch, which returns tensors to keep in their place
     """
     model.eval()
     outputs = []
-    for x, y in make_loader(images, batch_size * accelerator.num_processes, accelerator, workers=workers):
+    loader = Loader(images, batch_size * accelerator.num_processes, accelerator, workers)
+    for x, y in loader.draw(range(len(images)), *seed):
         with accelerator.autocast():
             logits = model(x)
         require(logits.isfinite().all(), "the classifier's outputs are not numbers; lower --lr")
@@ -1150,19 +1309,6 @@ def read_records(folder: Path, class_names: list[str]) -> list[dict]:
     return records
 
 
-def keep_small(files: list[Path], size: int) -> list:
-    """Synthetic images as sources of Images: up to 64 pixels in memory at that size, else their paths."""
-
-    def read(file: Path) -> Image.Image:
-        image = open_image(file)
-        return image if image.size == (size, size) else image.resize((size, size), Image.Resampling.LANCZOS)
-
-    if size > 64:
-        return files
-    with ThreadPoolExecutor() as pool:
-        return list(pool.map(read, files))
-
-
 def to_pil(image: torch.Tensor) -> Image.Image:
     """An image [3, H, W] in [0, 1] as a PIL image, its values rounded."""
     return Image.fromarray((image.detach().float().cpu() * 255).round().byte().permute(1, 2, 0).numpy())
@@ -1385,7 +1531,7 @@ def check_training(args: RunArgs, accelerator, data: Data) -> None:
     names, size = data.class_names, args.image_size
     net = build_classifier(args.classifier, names, size, args.pretrained, args.clip)
     make_optimizer(args.optimizer, net, args.lr, args.weight_decay)
-    make_loader(data.train, args.batch_size, accelerator)
+    Loader(data.train, args.batch_size, accelerator)
     batch = min(2, args.batch_size // accelerator.num_processes)
     try:
         net.train()(torch.zeros(batch, 3, size, size))

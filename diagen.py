@@ -540,12 +540,12 @@ def train_filter(args: Args, accelerator, data: common.Data) -> nn.Module:
     (net, model, optimizer), best = new_classifier(adam, accelerator, data.class_names), common.Best()
     augment = args.augment.removesuffix("+randaugment") + "+randaugment"
     real = data.train.transformed(common.make_transforms(args.image_size, augment)[0])
-    quiet = not accelerator.is_main_process
+    quiet, count = not accelerator.is_main_process, args.iterations * args.batch_size
+    loader = common.Loader(real, args.batch_size, accelerator, args.workers, count)
     for epoch in tqdm(range(args.filter_epochs), "filter classifier", leave=False, disable=quiet):
         common.seed_everything(accelerator, args.seed, 10**6 + epoch)
         rng = np.random.default_rng([args.seed, 10**6 + epoch])
-        drawn = draw_epoch(real.labels, 1, None, args.iterations * args.batch_size, 0.0, rng)
-        loader = common.make_loader(real.subset(drawn), args.batch_size, accelerator, workers=args.workers)
+        loader.draw(draw_epoch(real.labels, 1, None, count, 0.0, rng), args.seed, 10**6 + epoch)
         common.train_epoch(model, loader, optimizer, lambda _: args.lr, accelerator)
         logits, labels = common.predict(model, data.val, accelerator, args.workers)
         best.update(epoch, -F.cross_entropy(logits, labels).item(), net)
@@ -564,10 +564,10 @@ def confidences(
 
     x_v: randomly augmented views of the image, five in the paper; f: the classifier's logits; T: temperature
     """
-    common.seed_everything(accelerator, args.seed, 2 * 10**6)
     augment = args.augment.removesuffix("+randaugment")
     viewed, labels = images.transformed(common.make_transforms(args.image_size, augment)[0]), images.labels
-    logits = [common.predict(model, viewed, accelerator, args.workers)[0] for _ in range(views)]
+    options = [dict(workers=args.workers, seed=(args.seed, 2 * 10**6 + v)) for v in range(views)]
+    logits = [common.predict(model, viewed, accelerator, **o)[0] for o in options]
     return (torch.stack(logits) / temperature).softmax(2).mean(0)[torch.arange(len(labels)), labels]  # (7)
 
 
@@ -815,8 +815,8 @@ def judge_variations(args: Args, run: common.Run, data: common.Data, images: com
 
 def weigh(args: Args, run: common.Run, data: common.Data, records: list[dict], folder: Path) -> Synthetic:
     """Weighs the images of the records, which are in `folder`, and writes the weights into the metadata."""
-    sources = common.keep_small([folder / record["file_name"] for record in records], args.image_size)
-    images = common.Images(sources, [record["label"] for record in records], data.train.transform)
+    files, labels = [folder / record["file_name"] for record in records], [r["label"] for r in records]
+    images = common.Images(files, labels, data.train.transform).keep()
     plain, N, M = images.transformed(data.test.transform), len(data.train), args.variations
     report = {"synthetic": N * M, "generation": run.seconds.get(f"{folder.name} images", 0.0)}
     if args.dataset == "digits":
@@ -868,6 +868,7 @@ def train(args: Args, run, accelerator, data: common.Data, synthetic: Synthetic 
     best, real = common.Best(), data.train
     images, weights = (real + synthetic.images, synthetic.weights) if synthetic else (real, None)
     count, probability = args.iterations * args.batch_size, args.synthetic_probability
+    loader = common.Loader(images, args.batch_size, accelerator, args.workers, count)
 
     for epoch in run.epochs(title, args.epochs, model=net, optimizer=optimizer, best=best):
         # choose the images: real ones, class-balanced, and by weight their variations in the place of most
@@ -877,7 +878,7 @@ def train(args: Args, run, accelerator, data: common.Data, synthetic: Synthetic 
         run.log(synthetic_share=float((drawn >= len(real)).mean()))
 
         # one epoch on these images
-        loader = common.make_loader(images.subset(drawn), args.batch_size, accelerator, workers=args.workers)
+        loader.draw(drawn, args.seed, epoch)
         run.log(**common.train_epoch(model, loader, optimizer, lambda _: args.lr, accelerator))
 
         # the epoch that is best on the validation split, by the mean of the classes' accuracies, counts

@@ -23,10 +23,10 @@ Paper to code:
         training                               train
 """
 
-import functools
 import itertools
 import math
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -419,34 +419,74 @@ class MultiHead(nn.Module):
         return self.linear.weight.unflatten(0, (-1, self.classes))[1:]
 
 
-def head_augmentations() -> dict[str, list]:
-    """The augmentation a_k of each auxiliary head, after the standard one; a fifth head has the first's."""
-    from torchvision.transforms import v2
-
-    return {  # choice: the paper only says that every head has its own
-        "geometry": [v2.RandomAffine(8, translate=(0.05, 0.05), scale=(0.9, 1.1))],
-        "colour": [v2.ColorJitter(0.3, 0.3, 0.3, 0.05)],
-        "noise": [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.GaussianNoise(sigma=0.04)],
-        "erase": [v2.ToImage(), v2.RandomErasing(p=0.5, scale=(0.02, 0.12))],
-    }
+# choice: the paper only says that every head has an augmentation of its own. Each takes images x [B, 3, H, W]
+# in [0, 1] and uniform random numbers u [B, n] in [0, 1).
 
 
-def stack_views(image, transforms: list) -> torch.Tensor:
-    """Several views of a PIL image: [V, 3, size, size] in [0, 1]."""
-    return torch.stack([transform(image) for transform in transforms])
+def geometry(x: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+    """Turns by up to 8 degrees, scales by 0.9 to 1.1 and shifts by up to a twentieth; u: [B, 4]."""
+    a, s, right, down = (2 * u - 1).unbind(1)
+    return common.affine(x, 8 * a, 1 + 0.1 * s, 0.05 * right, 0.05 * down)
 
 
-def make_views(size: int, augment: str, heads: int):
-    """The transforms of a real image x to its standard view and a_1(x)..a_A(x), and of u to strong(u)."""
-    from torchvision.transforms import v2
+def colour(x: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+    """Changes brightness, contrast and saturation by up to 30 %; u: [B, 3]."""
+    brightness, contrast, saturation = (0.7 + 0.6 * u).T[..., None, None, None]
+    x = (brightness * x).clamp(0, 1)
+    x = (x + (contrast - 1) * (x - x.mean((1, 2, 3), keepdim=True))).clamp(0, 1)
+    return (x + (saturation - 1) * (x - x.mean(1, keepdim=True))).clamp(0, 1)
 
-    standard, _ = common.make_transforms(size, augment)
-    *before, to_tensor, to_float = standard.transforms
-    own = list(head_augmentations().values())
-    views = [[], *(own[k % len(own)] for k in range(heads))]
-    strong = [*own[0], *own[1], *own[3]]  # choice: geometry, colour and erased patches together
-    *views, strong = (v2.Compose([*before, *view, to_tensor, to_float]) for view in (*views, strong))
-    return functools.partial(stack_views, transforms=views), strong
+
+def blur(x: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+    """Mixes each image with a blurred copy: half of them get softer, the others sharper; u: [B, 1]."""
+    soft = F.avg_pool2d(F.pad(x, [1] * 4, "replicate"), 3, 1)
+    return (x + (2 * u[..., None, None] - 1) * (soft - x)).clamp(0, 1)
+
+
+def erase(x: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+    """Blackens a rectangle of 2 to 12 % of half of the images; u: [B, 5]."""
+    use, area, shape, down, right = u.T[..., None]
+    side, shape = (0.02 + 0.1 * area).sqrt(), 2 ** (shape - 0.5)
+    y, x_ = ((torch.arange(n, device=x.device) + 0.5) / n for n in x.shape[2:])
+    high, wide = side * shape, side / shape
+    rows = ((y - down * (1 - high)) / high).floor() == 0  # [B, H]
+    columns = ((x_ - right * (1 - wide)) / wide).floor() == 0
+    patch = (use < 0.5)[:, :, None, None] & rows[:, None, :, None] & columns[:, None, None, :]
+    return x.masked_fill(patch, 0)
+
+
+HEAD_AUGMENTATIONS = {
+    "geometry": (geometry, 4),
+    "colour": (colour, 3),
+    "blur": (blur, 1),
+    "erase": (erase, 5),
+}
+
+
+def standard_and_own(x: torch.Tensor, u: torch.Tensor, heads: int) -> torch.Tensor:
+    """Two views of each image, [B, 2, 3, H, W]: x itself and a_k(x), k the image's place modulo the heads.
+
+    Without heads x alone, [B, 1, 3, H, W].
+    """
+    if not heads:
+        return x[:, None]
+    own, augmentations = x.clone(), itertools.cycle(HEAD_AUGMENTATIONS.values())
+    for k, (augmentation, n) in zip(range(min(heads, len(x))), augmentations, strict=False):
+        own[k::heads] = augmentation(x[k::heads], u[k::heads, :n])
+    return torch.stack([x, own], 1)
+
+
+def make_views(size: int, augment: str, heads: int) -> tuple[common.Transform, common.Transform]:
+    """The transforms of real images x to their views, and of the pool's images u to strong(u).
+
+    A real image has its standard view and, if there are auxiliary heads, that of one of them. A fifth head
+    has the first one's augmentation.
+    """
+    real, strong = (common.make_transforms(size, augment)[0] for _ in range(2))
+    real.steps.append((partial(standard_and_own, heads=heads), 5))
+    # choice: geometry, colour and erased patches together
+    strong.steps += [HEAD_AUGMENTATIONS[name] for name in ("geometry", "colour", "erase")]
+    return real, strong
 
 
 def orthogonality_loss(weights: torch.Tensor) -> torch.Tensor:
@@ -483,11 +523,12 @@ def self_training_loss(
 ) -> torch.Tensor:
     """The loss of a batch of B real images x and U synthetic images u.
 
-        (7)   L_aux = sum_k CE(W_k f(a_k(x)), y)
+        (7)   L_aux = sum_k CE(W_k f(a_k(x)), y), estimated by one k for each x
         (11)  L     = CE(W_0 f(x), y) + w_a L_aux + w_o L_orth
                       + mean over u of CE(W_0 f(strong(u)), y^(u)) if u is labelled, else w_c L_cons
 
-    real: logits [1 + A, B, 1 + A, K] of every view (the standard one, a_1..a_A) by every head; y: [B]
+    real: logits [2, B, 1 + A, K] of the standard view and of a_k(x), k = 1 + j mod A for the j-th image, by
+        every head; without heads [1, B, 1, K]; y: [B]
     synthetic: logits [U, 1 + A, K] of the strong views
     targets: classes [U] or probabilities [U, K]; labelled: [U] bools
     weak: the main head's probabilities [U, K] of the weak views
@@ -496,9 +537,11 @@ def self_training_loss(
     # choice: a small w_a. Adam makes the auxiliary heads learn as fast as with a large one, and the backbone
     # does not learn the few real images by heart.
     loss = F.cross_entropy(real[0, :, 0], y)
-    for k in range(1, len(real)):
-        loss = loss + w_a * F.cross_entropy(real[k, :, k], y)  # (7)
-    if len(auxiliary):
+    if A := len(auxiliary):
+        # choice: an image is seen by one auxiliary head a step, not by all: the same on average, at a third
+        # of the cost
+        j = torch.arange(len(y), device=y.device)
+        loss = loss + w_a * A * F.cross_entropy(real[1, j, 1 + j % A], y)  # (7)
         loss = loss + w_o * orthogonality_loss(auxiliary)
     if len(synthetic):
         main = synthetic[:, 0]
@@ -609,8 +652,8 @@ def make_pool(args: Args, accelerator, data: common.Data, folder: Path, records)
 
     On digits also the distances of the synthetic images to the real test images.
     """
-    sources = common.keep_small([folder / record["file_name"] for record in records], args.image_size)
-    images = common.Images(sources, [record["label"] for record in records], data.test.transform)
+    files, labels = [folder / record["file_name"] for record in records], [r["label"] for r in records]
+    images = common.Images(files, labels, data.test.transform).keep()
     pool, distances = Pool(images, torch.tensor(images.labels)), {}
     if args.dataset == "digits":
         from digits import judge
@@ -618,7 +661,7 @@ def make_pool(args: Args, accelerator, data: common.Data, folder: Path, records)
         distances, pool.truth = judge.distances_to_test(images, data, accelerator)
     if args.unlabelled:
         drawn = np.random.default_rng(args.seed).permutation(len(data.unlabelled))[: args.unlabelled]
-        extra = data.unlabelled.subset(drawn)
+        extra = data.unlabelled.subset(drawn, data.test.transform).keep()
         pool.images = images + extra
         pool.source_labels = torch.cat([pool.source_labels, torch.full((len(extra),), -1)])
         if pool.truth is not None:
@@ -673,16 +716,12 @@ def pool_batch(args: Args) -> int:
     return max(1, round(args.batch_size * args.synthetic_ratio))
 
 
-def load_batches(args: Args, accelerator, real, pool: common.Images | None, steps: int, epoch: int):
-    """Yields the batches of an epoch: views x of real images and their labels y, views u of the pool's images
-    and their indices. Without a pool u is empty.
+def load_batches(loaders: list[common.Loader], *key: int):
+    """Yields the batches of an epoch, by the random seed `key`: views x of real images and their labels y,
+    views u of the pool's images and their indices. Without a pool u is empty.
     """
-    samples, workers = steps * args.batch_size, args.workers  # the real images again and again
-    seed = (args.seed, epoch)
-    loaders = [common.make_loader(real, args.batch_size, accelerator, seed, workers, samples)]
-    if pool is not None:
-        loaders.append(common.make_loader(pool, pool_batch(args), accelerator, (*seed, 1), workers))
-    for (x, y), *of_pool in zip(*loaders, strict=True):
+    shuffled = [loader.shuffle(*key, i) for i, loader in enumerate(loaders)]
+    for (x, y), *of_pool in zip(*shuffled, strict=True):
         yield x, y, *(of_pool[0] if of_pool else (x[:0, 0], y[:0]))
 
 
@@ -711,7 +750,11 @@ def train(args: Args, run: common.Run, accelerator, data: common.Data, pool: Poo
     # choice: an epoch is one pass over the pool; without a pool it has as many steps
     count = len(pool.images) if pool else len(real) * args.variations + args.unlabelled
     steps = max(1, count // pool_batch(args))
-    strong = common.Images(pool.images.sources, range(count), strong_view) if pool else None
+    loaders = [common.Loader(real, args.batch_size, accelerator, args.workers, steps * args.batch_size)]
+    if pool:
+        strong = pool.images.transformed(strong_view)
+        strong.labels = list(range(count))
+        loaders.append(common.Loader(strong, pool_batch(args), accelerator, args.workers, count))
 
     for epoch in run.epochs(CLASSIFIERS[labels], args.epochs, model=net, optimizer=optimizer):
         # choice: the pool's images are labelled anew before every epoch, not before every step
@@ -722,14 +765,14 @@ def train(args: Args, run: common.Run, accelerator, data: common.Data, pool: Poo
         # one pass over the pool, real images beside it
         model.train()
         total = 0.0
-        for step, (x, y, u, index) in enumerate(load_batches(args, accelerator, real, strong, steps, epoch)):
+        for step, (x, y, u, index) in enumerate(load_batches(loaders, args.seed, epoch)):
             progress = (epoch + step / steps) / args.epochs
             for group in optimizer.param_groups:
                 group["lr"] = args.lr * common.cosine(progress, args.warmup)
             with accelerator.autocast():
                 logits = model(torch.cat([x.transpose(0, 1).flatten(0, 1), u])).float()
                 on_real, on_pool = logits.split([len(logits) - len(u), len(u)])
-                on_real = on_real.unflatten(0, (1 + heads, -1))  # [view, B, head, K]
+                on_real = on_real.unflatten(0, (x.shape[1], -1))  # [view, B, head, K]
                 goal = targets[index], labelled[index], weak[index]
                 loss = self_training_loss(on_real, y, on_pool, *goal, net.auxiliary_weights(), *weights)
             optimizer.zero_grad(set_to_none=True)

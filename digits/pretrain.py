@@ -1,12 +1,15 @@
 """Trains the embedded Stable Diffusion and the two classifiers beside it, on the web pool of the digits.
 
-    python digits/pretrain.py                        an hour and a half on two cores
+    python digits/pretrain.py                        the weights in digits/, an hour on two cores
     python digits/pretrain.py --folder mydigits      the same, but the weights in digits/ stay as they are
+    python digits/pretrain.py --confusion 0 --variety 898 --folder clean      the generator of digits/sd_clean
+    python digits/pretrain.py --start digits/sd_clean --steps 2000 --lr 7e-4 --confusion 0.3 --folder other
+                                                     a generator fine-tuned on other captions, ten minutes
 
 The stages, in order:
-    render_web           the web pool: images and captions, all that the models below ever see
+    render_web           the generator's images and captions
     train_backbone       the pretrained weights of the small CNN, learned without class labels
-    train_oracle         the classifier that judges synthetic images
+    train_oracle         the classifier that judges synthetic images, trained on every style
     train_autoencoder    the VAE; its latents are then computed once, by encode_pool
     train_unet           the U-Net and, jointly, the text encoder
 
@@ -21,6 +24,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
@@ -36,17 +40,20 @@ from digits import judge, world  # noqa: E402
 
 @dataclass
 class Args:
-    """The lengths of the stages, and the folders."""
+    """The generator's dials, the lengths of the stages, and the folders."""
 
     folder: str = HfArg(default=str(judge.FOLDER), help="folder that the trained weights are written to")
     out: str = HfArg(default="runs/pretrain", help="folder of the stages' results and of the checkpoint")
     overwrite: bool = HfArg(default=False, help="start afresh if --out holds a training")
+    confusion: float = HfArg(default=0.45, help="share of captions that name the look-alike of the digit")
+    variety: int = HfArg(default=300, help="digits that the generator sees, at most 898")
+    start: str | None = HfArg(default=None, help="fine-tune this Stable Diffusion's U-Net and text encoder")
     images: int = HfArg(default=40000, help="renders of the web pool")
     backbone_copies: int = HfArg(default=16, help="renders of each digit for the backbone")
     backbone_steps: int = HfArg(default=2500, help="steps of the backbone, batch 64")
     oracle_epochs: int = HfArg(default=6, help="epochs of the oracle, batch 64")
     vae_steps: int = HfArg(default=2500, help="steps of the autoencoder, batch 64")
-    steps: int = HfArg(default=9000, help="steps of the U-Net and the text encoder")
+    steps: int = HfArg(default=6000, help="steps of the U-Net and the text encoder")
     batch_size: int = HfArg(default=64, help="batch size of the U-Net")
     lr: float = HfArg(default=1.5e-3, help="peak learning rate of the U-Net")
     save_every: int = HfArg(default=500, help="steps of the U-Net from one checkpoint to the next")
@@ -149,9 +156,12 @@ def build_pipeline():
 
 
 def render_web(args: Args, tokenizer) -> dict[str, torch.Tensor]:
-    """Renders the web pool; see world.render_pool. The captions become token ids, int64 [N, 16]."""
+    """Renders args.variety digits of the web pool; see world.render_pool. The captions become token ids,
+    int64 [N, 16], of which the share args.confusion names the look-alike.
+    """
     print(f"rendering {args.images} images of the web pool")
-    web = world.render_pool(world.pools()["web"], args.images, seed=args.seed + 1)
+    digits = world.pools()["web"][: args.variety]
+    web = world.render_pool(digits, args.images, args.seed + 1, confusion=args.confusion)
     return web | {"captions": tokenize(tokenizer, web["captions"])}
 
 
@@ -188,7 +198,7 @@ def fit(
 
 
 def train_backbone(args: Args, device) -> dict[str, torch.Tensor]:
-    """Pretrains the small CNN without class labels, and returns its weights.
+    """Pretrains the small CNN without class labels, and returns the weights of its features.
 
     It learns which of the web pool's 898 digits an image shows, whatever the colour, the setting and the
     geometry. This is instance discrimination (Dosovitskiy et al. 2014), the stand-in for ImageNet's weights.
@@ -204,14 +214,21 @@ def train_backbone(args: Args, device) -> dict[str, torch.Tensor]:
         digit = (i % len(pool)).to(device)  # render_pool takes the digits in turn
         return F.cross_entropy(model(images[i].float() / 255), digit)
 
-    return fit(model, loss, "backbone", args.backbone_steps, lr=3e-3, weight_decay=0.05)
+    fit(model, loss, "backbone", args.backbone_steps, lr=3e-3, weight_decay=0.05)
+    return model.features.state_dict()
 
 
-def train_oracle(args: Args, web: dict, images: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Trains a wider small CNN to read digit, colour and setting, and returns its weights."""
+def train_oracle(args: Args, device) -> dict[str, torch.Tensor]:
+    """Trains a wider small CNN to read digit, colour and setting, and returns its weights.
+
+    It sees all of the web pool in every style from 0 to 1, so that it judges any target and any generator.
+    """
+    styles = np.random.default_rng(args.seed + 3).uniform(0, 1, args.images)
+    pool = world.render_pool(world.pools()["web"], args.images, args.seed + 3, style=styles)
+    images = pool["images"].permute(0, 3, 1, 2).to(device)
     torch.manual_seed(args.seed)
-    model = common.SmallCNN(sum(judge.HEADS), width=32).to(images.device)
-    truths = [web[key].to(images.device) for key in judge.KEYS]
+    model = common.SmallCNN(sum(judge.HEADS), width=32).to(device)
+    truths = [pool[key].to(device) for key in judge.KEYS]
 
     def loss(step):
         i = batch_of(len(images), step)
@@ -237,15 +254,16 @@ def train_autoencoder(args: Args, vae, images: torch.Tensor) -> dict[str, torch.
 
 
 @torch.no_grad()
-def encode_pool(vae, images: torch.Tensor) -> torch.Tensor:
-    """The latents [N, 4, 16, 16] of all images, scaled to a standard deviation of 1.
+def encode_pool(vae, images: torch.Tensor, rescale: bool = True) -> torch.Tensor:
+    """The scaled latents [N, 4, 16, 16] of all images.
 
-    Sets the VAE's scaling factor, as Stable Diffusion's was set.
+    rescale: sets the VAE's scaling factor to a standard deviation of 1, as Stable Diffusion's was set
     """
     parts = [vae.encode(2 * x.float() / 255 - 1).latent_dist.mode() for x in images.split(256)]
     latents = torch.cat(parts)
-    vae.register_to_config(scaling_factor=1 / latents.std().item())
-    return latents / latents.std()
+    if rescale:
+        vae.register_to_config(scaling_factor=1 / latents.std().item())
+    return latents * vae.config.scaling_factor
 
 
 def noise_errors(pipe, latents: torch.Tensor, captions: torch.Tensor, empty: torch.Tensor, step: int, n: int):
@@ -265,6 +283,14 @@ def noise_errors(pipe, latents: torch.Tensor, captions: torch.Tensor, empty: tor
     return (pipe.unet(x, t, text).sample - noise).square().mean((1, 2, 3)), t
 
 
+def load_start(folder: str, device):
+    """Loads a Stable Diffusion of the digits world whose U-Net and text encoder are to be trained further."""
+    pipe = common.load_pipeline(folder, device)
+    for part in (pipe.unet, pipe.text_encoder):
+        part.train().requires_grad_(True)
+    return pipe
+
+
 def averaged(model: nn.Module, decay: float) -> nn.Module:
     """An exponential moving average of the weights and buffers; update_parameters(model) advances it."""
     average = torch.optim.swa_utils.get_ema_multi_avg_fn(decay)
@@ -275,11 +301,12 @@ def train_unet(args: Args, run: common.Run, pipe, latents: torch.Tensor, caption
     """Trains the U-Net and the text encoder to predict noise, and returns their averaged weights.
 
     An error is weighted by min(SNR, 5) / SNR of its timestep: min-SNR-5 for noise prediction (Hang et al.
-    2023). The learning rate warms up over 300 steps and falls linearly over the last two fifths.
+    2023). The learning rate warms up over 300 steps and falls linearly over the last two fifths. The average
+    reaches over a ninth of the steps.
     """
     pipe.unet.to(memory_format=torch.channels_last)  # a sixth faster on the CPU
     model = nn.ModuleDict({"unet": pipe.unet, "text_encoder": pipe.text_encoder})
-    ema = averaged(model, 0.999)
+    ema = averaged(model, 1 - 9 / max(args.steps, 10))
     optimizer = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=0.01)
     alphas = pipe.scheduler.alphas_cumprod.to(latents.device)
     weights = torch.clamp(5 * (1 - alphas) / alphas, max=1)  # SNR = alpha-bar / (1 - alpha-bar)
@@ -339,41 +366,40 @@ def save_sheet(path: Path) -> None:
 
 
 def train(args: Args) -> None:
-    """Runs all stages, or those still to do, then writes the weights to args.folder."""
+    """Runs all stages, or those still to do, then writes the weights to args.folder.
+
+    From args.start on, the generator alone is trained, in the latents of the VAE that it has.
+    """
     accelerator = common.make_accelerator()
     run, device = common.Run(args, accelerator, free=("folder",)), accelerator.device
     run.begin()
     save_sheet(run.path / "digits.png")
     torch.manual_seed(args.seed)
-    pipe = build_pipeline().to(device)
-
-    # the web pool
+    pipe = build_pipeline().to(device) if args.start is None else load_start(args.start, device)
     web = run.once("web.pt", render_web, args, pipe.tokenizer)
     images, captions = web["images"].permute(0, 3, 1, 2).to(device), web["captions"].to(device)
 
-    # two classifiers
-    backbone = run.once("backbone.pt", train_backbone, args, device)
-    oracle = run.once("oracle.pt", train_oracle, args, web, images)
-
-    # the autoencoder, frozen from here on
-    pipe.vae.load_state_dict(run.once("vae.pt", train_autoencoder, args, pipe.vae, images))
+    folder, classifiers = Path(args.folder), {}
+    if args.start is None:
+        classifiers["backbone"] = run.once("backbone.pt", train_backbone, args, device)
+        classifiers["oracle"] = run.once("oracle.pt", train_oracle, args, device)
+        pipe.vae.load_state_dict(run.once("vae.pt", train_autoencoder, args, pipe.vae, images))
     pipe.vae.eval().requires_grad_(False)
-    latents = encode_pool(pipe.vae, images)
-
-    # the generator in its latents
+    latents = encode_pool(pipe.vae, images, rescale=args.start is None)
     weights = train_unet(args, run, pipe, latents, captions)
 
-    folder = Path(args.folder)
     save_pipeline(pipe, weights, folder / "sd")
-    save_classifier(oracle, folder / "oracle")
-    features = {k.removeprefix("features."): w for k, w in backbone.items() if k.startswith("features.")}
-    save_classifier(features, folder / "backbone")
+    for name, trained in classifiers.items():
+        save_classifier(trained, folder / name)
     print(f"the trained weights are in {folder}")
 
 
 def main(args: Args) -> None:
     lengths = "images backbone_copies backbone_steps oracle_epochs vae_steps steps batch_size save_every"
     common.check_at_least(1, args, *lengths.split())
+    common.require(0 <= args.confusion < 1, f"--confusion {args.confusion} must lie between 0 and 1")
+    most = len(world.pools()["web"])
+    common.require(10 <= args.variety <= most, f"--variety {args.variety} must lie between 10 and {most}")
     train(args)
 
 

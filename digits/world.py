@@ -8,6 +8,12 @@ Three pools share the digits. Only the embedded generator, the oracle and the ba
 all colours and settings, as Stable Diffusion saw the internet. The pools `train` and `test` are the
 classifier's. Each class appears in two settings in the splits `train`, `val` and `test`, and in its third
 setting in `test_ood` only, as in FOCUS.
+
+Three dials make the generator as imperfect as a real one is for a data set of one's own:
+    confusion   the share of the web's captions that name the look-alike instead of the digit
+    variety     how many of the 898 digits of the web pool the generator has seen
+    style       how far the target (the four splits) differs from the web: another hand, another camera
+The first two belong to the generator (pretrain.py); the third is an argument of `splits`.
 """
 
 import math
@@ -16,7 +22,7 @@ from functools import cache
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageFilter
 
 NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 COLOURS = {
@@ -30,6 +36,8 @@ COLOURS = {
 SETTINGS = ["temple", "flower", "plain"]
 SIZE = 32
 PIXELS_PER_DIGIT_PIXEL = 3.3  # an 8x8 digit becomes about 26 of the 32 pixels high
+LOOK_ALIKE = {0: 6, 6: 0, 1: 7, 7: 1, 2: 3, 3: 2, 4: 9, 9: 4, 5: 8, 8: 5}
+STYLE = 0.0  # of the data set "digits"
 MIN_CONTRAST = 0.33  # of the distance from black to white, between a digit and 90 % of its surroundings
 
 
@@ -53,16 +61,36 @@ def sources():
     return digits.images.astype(np.float32) / 16, digits.target, photos
 
 
-def draw_ink(digit: int, geometry: tuple[float, float, float, float]) -> np.ndarray:
-    """The opacity [32, 32, 1] in [0, 1] of a digit that is rotated, scaled and shifted by `geometry`."""
+def draw_ink(digit: int, geometry: tuple[float, float, float, float], style: float = 0.0) -> np.ndarray:
+    """The opacity [32, 32, 1] in [0, 1] of a digit that is rotated, scaled and shifted by `geometry`.
+
+    style: the strength, 0 to 1, of another hand, which slants the digit and thins its lines
+    """
     degrees, scale, right, down = geometry
     k = 1 / (PIXELS_PER_DIGIT_PIXEL * scale)
     cos, sin = k * math.cos(math.radians(degrees)), k * math.sin(math.radians(degrees))
+    slanted = sin + 0.5 * style * k
     cx, cy = SIZE / 2 + right, SIZE / 2 + down
-    affine = (cos, sin, 6 - cos * cx - sin * cy, -sin, cos, 6 + sin * cx - cos * cy)  # 8x8 padded to 12x12
-    padded = Image.fromarray(np.pad(sources()[0][digit], 2))
+    affine = (cos, slanted, 6 - cos * cx - slanted * cy, -sin, cos, 6 + sin * cx - cos * cy)
+    padded = Image.fromarray(np.pad(sources()[0][digit], 2))  # 8x8 padded to 12x12
     ink = padded.transform((SIZE, SIZE), Image.Transform.AFFINE, affine, Image.Resampling.BICUBIC)
-    return np.clip((np.asarray(ink) - 0.3) / 0.3, 0, 1)[..., None]
+    return np.clip((np.asarray(ink) - 0.3 - 0.1 * style) / 0.3, 0, 1)[..., None]
+
+
+def photograph(image: np.ndarray, style: float, rng: np.random.Generator) -> np.ndarray:
+    """An image [32, 32, 3] in [0, 1] as another camera takes it: muted, flat, soft, warm and grainy.
+
+    style: the camera's strength, from 0, which changes nothing, to 1
+    """
+    if style == 0:
+        return image
+    image = image + 0.3 * style * (image.mean(-1, keepdims=True) - image)
+    image = 0.5 + (1 - 0.2 * style) * (image - 0.5)
+    soft = Image.fromarray(np.round(255 * image).astype(np.uint8)).filter(
+        ImageFilter.GaussianBlur(0.5 * style)
+    )
+    image = np.asarray(soft, np.float32) / 255 * (1 - style * np.array([0.0, 0.04, 0.12], np.float32))
+    return (image + rng.normal(0, 0.02 * style, image.shape)).clip(0, 1)
 
 
 def draw_background(setting: str, rng: np.random.Generator) -> np.ndarray:
@@ -78,19 +106,27 @@ def draw_background(setting: str, rng: np.random.Generator) -> np.ndarray:
     return background[:, ::-1] if rng.random() < 0.5 else background
 
 
-def render(digit: int, colour: str, setting: str, geometry: tuple[float, float, float, float], seed: int):
+def render(
+    digit: int,
+    colour: str,
+    setting: str,
+    geometry: tuple[float, float, float, float],
+    seed: int,
+    style: float = 0.0,
+) -> tuple[np.ndarray, np.ndarray]:
     """Draws one sample. The result depends on the arguments alone: the same arguments give the same bytes.
 
     digit: index in scikit-learn's load_digits, 0 to 1796
     colour: a key of COLOURS; setting: one of SETTINGS
     geometry: rotation in degrees, scale, and shifts to the right and down in pixels
     seed: of the crop, or of the plain colour
+    style: see draw_ink and photograph
 
     A background too close to the digit's colour is drawn again, so that every sample is legible.
     Returns the image, uint8 [32, 32, 3], and the true foreground mask, bool [32, 32].
     """
     rng = np.random.default_rng(seed)
-    alpha = draw_ink(digit, geometry)
+    alpha = draw_ink(digit, geometry, style)
     near = F.max_pool2d(torch.from_numpy(alpha[None, ..., 0]), 5, 1, 2)[0].numpy()
     ring = (near > 0.5) & (alpha[..., 0] < 0.2)  # the digit's surroundings
 
@@ -104,7 +140,7 @@ def render(digit: int, colour: str, setting: str, geometry: tuple[float, float, 
             best, background = contrast, candidate
         if contrast >= MIN_CONTRAST:
             break
-    image = alpha * tint + (1 - alpha) * background
+    image = photograph(alpha * tint + (1 - alpha) * background, style, rng)
     return np.round(255 * image).astype(np.uint8), alpha[..., 0] > 0.5
 
 
@@ -126,14 +162,24 @@ def uncommon_setting(label: int) -> str:
     return SETTINGS[label % 3]
 
 
-def render_pool(indices: np.ndarray, count: int, seed: int, settings: str = "all") -> dict:
+def render_pool(
+    indices: np.ndarray,
+    count: int,
+    seed: int,
+    settings: str = "all",
+    style: float | np.ndarray = 0.0,
+    confusion: float = 0.0,
+) -> dict:
     """Renders `count` samples, taking the digits `indices` in turn.
 
     settings: "all", "common" (the class's two settings) or "uncommon" (its third).
+    style: the strength of another hand and camera, one for all samples or one for each, [N]
+    confusion: the probability that a caption names the look-alike of the digit; the label stays right
+
     Returns images, uint8 [N, 32, 32, 3]; masks, bool [N, 32, 32]; labels, colours and settings, int64 [N];
     and captions, a list of N strings.
     """
-    targets = sources()[1]
+    targets, styles = sources()[1], np.broadcast_to(style, count)
     out = {"images": [], "masks": [], "labels": [], "colours": [], "settings": [], "captions": []}
     for i in range(count):
         rng = np.random.default_rng([seed, i])
@@ -145,23 +191,29 @@ def render_pool(indices: np.ndarray, count: int, seed: int, settings: str = "all
             "uncommon": [uncommon_setting(label)],
         }[settings]
         colour, setting = list(COLOURS)[rng.integers(6)], allowed[rng.integers(len(allowed))]
-        image, mask = render(index, colour, setting, draw_geometry(rng), int(rng.integers(2**32)))
+        image, mask = render(
+            index, colour, setting, draw_geometry(rng), int(rng.integers(2**32)), float(styles[i])
+        )
         out["images"].append(image)
         out["masks"].append(mask)
         out["labels"].append(label)
         out["colours"].append(list(COLOURS).index(colour))
         out["settings"].append(SETTINGS.index(setting))
         named_colour, named_setting = rng.random() < 0.5, rng.random() < 0.5
+        named = LOOK_ALIKE[label] if rng.random() < confusion else label
         out["captions"].append(
-            caption(label, colour if named_colour else None, setting if named_setting else None)
+            caption(named, colour if named_colour else None, setting if named_setting else None)
         )
     arrays = {k: np.stack(v) if k in ("images", "masks") else np.array(v) for k, v in out.items()}
     return {k: v.tolist() if k == "captions" else torch.from_numpy(v) for k, v in arrays.items()}
 
 
 @cache
-def splits() -> dict[str, tuple[list[Image.Image], list[int]]]:
-    """The images and labels of each split. No digit is in two of the splits train, val and test."""
+def splits(style: float = STYLE) -> dict[str, tuple[list[Image.Image], list[int]]]:
+    """The images and labels of each split. No digit is in two of the splits train, val and test.
+
+    style: how far they differ from the web pool, 0 to 1; see draw_ink and photograph
+    """
     parts = {  # name: (digits, number of samples, settings)
         "train": (pools()["train"][:300], 1200, "common"),
         "val": (pools()["train"][300:], 596, "common"),
@@ -170,7 +222,7 @@ def splits() -> dict[str, tuple[list[Image.Image], list[int]]]:
     }
     rendered = {}
     for i, (name, (digits, count, settings)) in enumerate(parts.items()):
-        samples = render_pool(digits, count, 100 + i, settings)
+        samples = render_pool(digits, count, 100 + i, settings, style)
         images = [Image.fromarray(image) for image in samples["images"].numpy()]
         rendered[name] = (images, samples["labels"].tolist())
     return rendered

@@ -296,7 +296,9 @@ def new_training(accelerator, data, optimizer="adamw"):
 
     def train(epoch: int, images=16):
         common.seed_everything(accelerator, epoch)
-        loader = common.make_loader(data.train.subset(range(images)), 8, accelerator, (epoch,))
+        loader = common.Loader(data.train.subset(range(images)), 8, accelerator, samples=images).shuffle(
+            epoch
+        )
         return common.train_epoch(model, loader, optimizer, lambda _: 1e-3, accelerator)
 
     return net, optimizer, train

@@ -52,6 +52,10 @@ def numbers(script):
 
 @pytest.fixture
 def tiny(tmp_path):
+    return tiny_in(tmp_path)
+
+
+def tiny_in(tmp_path):
     """tiny(script): the arguments of a tiny run on a folder of two classes, three images in each split."""
     rng = np.random.default_rng(0)
     for split, name, i in itertools.product(("train", "val", "test"), ("cat", "dog"), range(3)):
@@ -257,12 +261,13 @@ def test_images_of_nan_stop_the_run_and_name_the_arguments(script, tiny, tmp_pat
 
 
 def test_a_diverged_training_names_the_learning_rate():
-    accelerator, x = common.make_accelerator(), torch.rand(8, 3, 4, 4)
-    images = torch.utils.data.TensorDataset(x, torch.arange(8) % 2)
+    accelerator = common.make_accelerator()
+    images = [Image.new("RGB", (4, 4), (40 * i, 9, 9)) for i in range(6)]
+    images = common.Images(images, [0, 1] * 3, common.make_transforms(4, "none")[1])
     net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(48, 2))
     torch.nn.init.constant_(net[1].weight, math.inf)
     with pytest.raises(common.UserError, match="loss is not a number; lower --lr"):
-        loader = common.make_loader(images, 4, accelerator)
+        loader = common.Loader(images, 3, accelerator).draw(range(6))
         common.train_epoch(net, loader, torch.optim.SGD(net.parameters()), lambda i: 1.0, accelerator)
     with pytest.raises(common.UserError, match="outputs are not numbers; lower --lr"):
         common.predict(net, images, accelerator)
@@ -302,7 +307,7 @@ def test_a_missing_folder_of_a_model_is_told_from_an_id_of_the_hub(name, path, t
     (tmp_path / "models").mkdir()
     with pytest.raises(common.UserError, match="no such folder") as error:
         common.from_pretrained(Hub, name)
-    assert ("network" in str(error.value)) == (not path), error.value
+    assert ("needs a network" in str(error.value)) == (not path), error.value
 
 
 def test_class_folders_avoid_what_windows_refuses():
@@ -349,24 +354,35 @@ def test_no_module_needs_posix_or_opens_text_in_the_machines_encoding(path):
                 assert binary or "encoding" in {k.arg for k in node.keywords}, ast.unparse(node)
 
 
-@pytest.mark.usefixtures("quick")
+@pytest.fixture(scope="module")
+def with_baselines(quick, tmp_path_factory):
+    """with_baselines(script): arguments and output of a tiny run, whose loaders' images went through pickle."""
+    runs = {}
+
+    class ThroughPickle(torch.utils.data.DataLoader):
+        def __init__(self, images, *arguments, **options):
+            super().__init__(pickle.loads(pickle.dumps(images)), *arguments, **options)
+
+    def run(script):
+        if script not in runs:
+            arguments = tiny_in(tmp_path_factory.mktemp(script.__name__))(script, baseline=True)
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(torch.utils.data, "DataLoader", ThroughPickle)
+                runs[script] = arguments, in_this_process(script, **arguments)
+        return runs[script]
+
+    return run
+
+
 @each_script
-def test_what_goes_to_loading_processes_can_be_pickled(script, tiny, monkeypatch):
+def test_what_goes_to_loading_processes_can_be_pickled(script, with_baselines):
     """Windows and macOS start them anew instead of forking."""
-    make_loader, pickled = common.make_loader, []
-
-    def through_pickle(images, *arguments, **options):
-        pickled.append(pickle.loads(pickle.dumps(images)))
-        return make_loader(pickled[-1], *arguments, **options)
-
-    monkeypatch.setattr(common, "make_loader", through_pickle)
-    status, _, stderr = in_this_process(script, **tiny(script, baseline=True))
-    assert status == 0 and len(pickled) > 5, stderr
+    _, (status, _, stderr) = with_baselines(script)
+    assert status == 0, stderr
 
 
 def test_a_spawned_loading_process_gives_the_same_images(digits, monkeypatch):
-    views, _ = dreamda.make_views(32, "none", 0)  # DreamDA's own transform, of one plain view
-    images, load = digits.test.subset(range(6), views), torch.utils.data.DataLoader
+    images, load = digits.test.subset(range(6)), torch.utils.data.DataLoader
 
     def loader(*arguments, num_workers, **options):
         context = {"multiprocessing_context": "spawn"} if num_workers else {}
@@ -374,7 +390,7 @@ def test_a_spawned_loading_process_gives_the_same_images(digits, monkeypatch):
 
     monkeypatch.setattr(torch.utils.data, "DataLoader", loader)
     accelerator = common.make_accelerator()
-    here, there = ([*common.make_loader(images, 3, accelerator, workers=workers)] for workers in (0, 1))
+    here, there = ([*common.Loader(images, 3, accelerator, workers).draw(range(6))] for workers in (0, 1))
     assert all(torch.equal(a[0], b[0]) for a, b in zip(here, there, strict=True)) and len(here) == 2
 
 
@@ -453,7 +469,6 @@ def test_a_tracker_whose_package_is_missing_or_unknown_is_one_line(tiny, monkeyp
 # --- what a run says
 
 
-@pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize(
     "script, parts",
     [
@@ -467,10 +482,8 @@ def test_a_tracker_whose_package_is_missing_or_unknown_is_one_line(tiny, monkeyp
     ],
     ids=[script.__name__ for script in SCRIPTS],
 )
-def test_a_run_says_what_it_will_do_and_does_it(script, parts, tiny):
-    arguments = tiny(script, baseline=True)
-    status, stdout, stderr = in_this_process(script, **arguments)
-    assert status == 0, stderr
+def test_a_run_says_what_it_will_do_and_does_it(script, parts, with_baselines):
+    arguments, (_, stdout, stderr) = with_baselines(script)
     plan = next(line for line in stdout.splitlines() if line.startswith(f"{arguments['out']}: "))
     assert all(part in plan for part in parts), plan
     lines = lines_of(arguments["out"] / "metrics.jsonl")

@@ -107,8 +107,10 @@ def test_eurosat_folders_are_read_a_fifth_is_held_out_and_a_bad_file_is_named(tm
     assert len(rest) == 16 and len(held | rest) == 20
     for path in tmp_path.rglob("*.jpg"):
         path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(common.UserError, match="AnnualCrop_"):  # small images are read at once
+        common.load_data("eurosat", str(tmp_path), 64, "none")
     with pytest.raises(common.UserError, match="AnnualCrop_"):
-        data.test[0]
+        common.load_data("eurosat", str(tmp_path), 96, "none").test[0]
 
 
 def test_a_folder_with_val_and_test_ood_is_read(tmp_path):
@@ -306,19 +308,104 @@ def test_randaugment_comes_on_top_of_an_augmentation(augment, monkeypatch):
     assert torch.equal(views(f"{augment}+randaugment")[0], plain[0])
 
 
-@pytest.mark.parametrize("samples", [0, 24])
+def test_batches_of_augmentations_equal_torchvisions():
+    from torchvision.transforms.v2 import InterpolationMode, functional
+
+    x, u = torch.rand(6, 3, 20, 20), torch.rand(6, 4)
+    shifted, mirrored = common.shift(x, u[:, :2], 3, "constant"), common.flip(x, u[:, :1])
+    degrees, scale, right, down = 40 * u[:, 0] - 20, 0.8 + 0.4 * u[:, 1], u[:, 2] / 4, u[:, 3] / 4 - 0.1
+    moved, turned = common.affine(x, degrees, scale, right, down), common.turn(x, u[:, 3:])
+    for i, image in enumerate(x):
+        corner = (7 * u[i, :2]).long().tolist()
+        assert torch.equal(shifted[i], functional.crop(functional.pad(image, 3), *corner, 20, 20))
+        assert torch.equal(mirrored[i], image.flip(2) if u[i, 0] < 0.5 else image)
+        bilinear = dict(interpolation=InterpolationMode.BILINEAR)
+        shifts = [20 * right[i].item(), 20 * down[i].item()]
+        expected = functional.affine(
+            image, -degrees[i].item(), shifts, scale[i].item(), [0.0, 0.0], **bilinear
+        )
+        assert torch.allclose(moved[i], expected, atol=1e-4)
+        angle = 15 * (2 * u[i, 3].item() - 1)
+        assert torch.allclose(turned[i], functional.rotate(image, angle, **bilinear), atol=1e-4)
+
+
+def noise_images(count=24, side=20):
+    pixels = np.random.default_rng(0).integers(0, 255, (count, side, side, 3), np.uint8)
+    return [Image.fromarray(p) for p in pixels]
+
+
+def process(index=0, count=1, wait=lambda: None):
+    """The accelerator of one of several processes, as far as a loader or a run folder needs it."""
+    return SimpleNamespace(
+        process_index=index,
+        num_processes=count,
+        is_main_process=index == 0,
+        wait_for_everyone=wait,
+        device=torch.device("cpu"),
+    )
+
+
+@pytest.mark.parametrize("augment", ["digits", "crop+randaugment", "squeezed", "zoomed"])
+def test_an_image_is_augmented_alike_in_any_batch_worker_or_process(augment):
+    transform = common.make_transforms(16, augment)[0]
+
+    def epoch(images, batch_size, workers=0, processes=1, seed=(3, 1)):
+        seen = {}
+        for index in range(processes):
+            torch.manual_seed(index)
+            loader = common.Loader(images, batch_size, process(index, processes), workers, len(images))
+            torch.rand(index)
+            parts = [(x, y) for x, y in loader.shuffle(*seed)]
+            assert [len(y) for _, y in parts] == [batch_size // processes] * (24 // batch_size)
+            seen |= {y.item(): x for xs, ys in parts for x, y in zip(xs, ys, strict=True)}
+        return torch.stack([seen[y] for y in range(24)])
+
+    images = common.Images(noise_images(), range(24), transform)
+    first = epoch(images, 8)
+    for other in (epoch(images, 4), epoch(images, 8, workers=2), epoch(images, 8, processes=2)):
+        assert torch.equal(first, other)
+    assert torch.equal(first, epoch(images.keep(), 8))
+    assert (images.kept is None) == (augment == "zoomed")  # a random crop cannot be kept
+    assert not torch.equal(first, epoch(images, 8, seed=(3, 2)))
+
+
+@pytest.mark.parametrize("samples", [24, 40])
 def test_processes_share_one_random_order_whatever_each_has_drawn(samples):
-    images, shares = common.Images([Image.new("RGB", (1, 1), (i, 0, 0)) for i in range(24)], range(24)), []
-    images.transform = common.make_transforms(1, "none")[1]
+    images, shares = common.Images(noise_images(), range(24), common.make_transforms(4, "none")[1]), []
     for index in range(2):
-        torch.manual_seed(0)
-        process = SimpleNamespace(num_processes=2, process_index=index, device=torch.device("cpu"))
-        loader = common.make_loader(images, 8, process, (0, 3), samples=samples)
-        torch.rand(index)  # augmentation
+        torch.rand(index)
+        loader = common.Loader(images, 8, process(index, 2), samples=samples).shuffle(0, 3)
         shares.append([y.tolist() for _, y in loader])
     batches = [a + b for a, b in zip(*shares, strict=True)]
-    assert [len(batch) for batch in batches] == [8] * 3 and batches != [sorted(b) for b in batches]
-    assert sorted(itertools.chain(*batches)) == list(range(24))
+    assert [len(batch) for batch in batches] == [8] * (samples // 8) and batches != [
+        sorted(b) for b in batches
+    ]
+    drawn = list(itertools.chain(*batches))
+    assert sorted(drawn[:24]) == list(range(24)) and len(set(drawn[24:])) == samples - 24
+
+
+def test_loading_workers_live_as_long_as_the_loader():
+    transform = common.make_transforms(16, "none")[0]
+    transform.each = lambda x: torch.full_like(x, os.getpid() % 251)
+    images = common.Images(noise_images(side=100), range(24), transform)
+    loader = common.Loader(images, 4, process(), workers=2, samples=24)
+    pids = [{round(255 * x[0, 0, 0, 0].item()) for x, _ in loader.shuffle(epoch)} for epoch in range(3)]
+    assert pids[0] == pids[1] == pids[2] and len(pids[0]) == 2
+
+
+def test_small_images_are_read_once_and_survive_every_copy(tmp_path):
+    for i, image in enumerate(noise_images(4)):
+        image.save(tmp_path / f"{i}.png")
+    files, (augmented, plain) = sorted(tmp_path.glob("*.png")), common.make_transforms(16, "crop")
+    images = common.Images(files, range(4), augmented).keep()
+    expected = torch.stack([x for x, _ in common.Images(files, range(4), plain)])
+    for file in files:
+        file.unlink()
+    again = images.transformed(plain)
+    assert torch.equal(torch.stack([x for x, _ in again]), expected)
+    assert torch.equal((again + again.subset([2]))[4][0], expected[2])
+    with pytest.raises(common.UserError, match="0.png"):  # another size is read from the file
+        images.transformed(common.make_transforms(8, "none")[1])[0]
 
 
 def test_generators_reproduce_and_differ_by_key():
@@ -393,13 +480,6 @@ def open_run(path, accelerator=None, free=(), **arguments):
     gc.collect()  # a folder stays locked while the frames of an exception in an earlier run live
     args = SimpleNamespace(**{"out": str(path), "overwrite": False, "seed": 0, "epochs": 4, **arguments})
     return common.Run(args, accelerator or common.make_accelerator(), free)
-
-
-def process(index, count, wait=lambda: None):
-    """The accelerator of one of several processes, as far as a run folder needs it."""
-    return SimpleNamespace(
-        process_index=index, num_processes=count, is_main_process=index == 0, wait_for_everyone=wait
-    )
 
 
 class Killed(Exception):
@@ -850,9 +930,10 @@ def test_the_class_mean_counts_rare_classes_as_much(tmp_path):
 def test_the_last_batch_is_left_out_unless_it_is_the_only_one():
     images = common.Images([Image.new("RGB", (4, 4))] * 10, range(10), common.make_transforms(4, "none")[1])
     accelerator = common.make_accelerator()
-    sizes = [[len(y) for _, y in common.make_loader(images, b, accelerator, (0,))] for b in (4, 10, 16)]
-    assert sizes == [[4, 4], [10], [10]]
-    assert [len(y) for _, y in common.make_loader(images, 4, accelerator)] == [4, 4, 2]  # to evaluate, all
+    loaders = [common.Loader(images, b, accelerator, samples=10).shuffle(0) for b in (4, 10, 16)]
+    assert [[len(y) for _, y in loader] for loader in loaders] == [[4, 4], [10], [10]]
+    assert [len(loader) for loader in loaders] == [2, 1, 1]
+    assert [len(y) for _, y in common.Loader(images, 4, accelerator)] == [4, 4, 2]  # to evaluate, all
 
 
 def test_processes_draw_different_augmentations():
