@@ -356,7 +356,7 @@ def test_no_module_needs_posix_or_opens_text_in_the_machines_encoding(path):
 
 @pytest.fixture(scope="module")
 def with_baselines(quick, tmp_path_factory):
-    """with_baselines(script): arguments and output of a tiny run, whose loaders' images went through pickle."""
+    """with_baselines(script): arguments and output of a tiny run; its loaders' images went through pickle."""
     runs = {}
 
     class ThroughPickle(torch.utils.data.DataLoader):
