@@ -274,7 +274,7 @@ class ClassAttention:
 
 
 def class_token_weights(tokenizer, prompt: str, names: list[str]) -> torch.Tensor:
-    """Weights [B, L]: 1/k at the k tokens of each class name in prompt.format(name), else 0.
+    """Weights [B, L]: 1/k at the k tokens of each class name in the filled prompt, else 0.
 
     In "a photo of X" it is token 4. If the tokenizer's length cuts off the name, all tokens weigh alike.
     """
@@ -512,7 +512,8 @@ def generate(
     channels, size = pipe.unet.config.in_channels, pipe.unet.config.sample_size
     shape = (B, channels, size, size)
     scheduler.set_timesteps(steps)
-    c, empty = pipe.encode_prompt([prompt.format(n) for n in names], device, 1, True)  # [B, L, d] each
+    prompts = [common.fill_prompt(prompt, name) for name in names]
+    c, empty = pipe.encode_prompt(prompts, device, 1, True)  # [B, L, d] each
     c, empty = c.float(), empty.float()  # steps of nu are below bf16's resolution
 
     # which images have a guide, L_contra, L_adv
@@ -582,7 +583,7 @@ def ask(args: Args, accelerator, classifier, gen_val, names: list[str], epoch: i
     for j, record in enumerate(records):
         y = record["label"]
         record["file_name"] = f"{folders[y]}/e{epoch + 1:03d}-{j:04d}.png"
-        record |= {"class_name": names[y], "prompt": args.prompt.format(names[y])}
+        record |= {"class_name": names[y], "prompt": common.fill_prompt(args.prompt, names[y])}
         record["guide"] = gen_val.name(record["guide_index"]) if record["guided"] else None
         record["seed"] = [args.seed, epoch, j]
     return {"wrong": (logits.argmax(1) != labels).sum().item(), "records": records}
@@ -745,6 +746,7 @@ def check(args: Args, accelerator, data: common.Data, pipe) -> None:
     common.check_training(args, accelerator, data)
     if pipe is not None:
         hold_out(args, data)
+        common.check_prompt(pipe, args.prompt, data.class_names, "--prompt")
         resolution = args.attention_resolution or pipe.unet.config.sample_size // 4
         ClassAttention(pipe.unet, resolution, torch.ones(1, 1))
         trained = pipe.scheduler.config.num_train_timesteps
@@ -760,7 +762,7 @@ def run_once(args: Args, accelerator) -> dict:
     with accelerator.main_process_first():  # it downloads what is missing
         data = common.data_of(args)
         if not args.real_only:
-            pipe = common.load_pipeline(args.diffusion, accelerator.device, None, save_memory)
+            pipe = common.load_pipeline(args.diffusion, accelerator.device, None, save_memory, lora=args.lora)
     check(args, accelerator, data, pipe)
     run.begin(plan_run(args, len(data.train)))
     if args.real_only or args.baseline:

@@ -288,6 +288,7 @@ def load_data(
     per_class: int = 0,
     seed: int = 0,
     unlabelled: bool = False,
+    style: float | None = None,
 ) -> Data:
     """Loads one of DATASETS.
 
@@ -297,12 +298,13 @@ def load_data(
     size, augment: see make_transforms
     per_class: draws so many training images of each class; 0 takes all
     unlabelled: also loads stl10's large unlabelled part
+    style: of digits only, how far the images differ from the generator's, 0 to 1; None: world.STYLE
 
     Raises UserError for an unknown name, missing files, an empty class, or too few images of a class.
     """
     check_choice("dataset", name, DATASETS)
     augmented, plain = make_transforms(size, augment)
-    loaders = {"digits": _digits, "folder": _folder, "coco": _coco}
+    loaders = {"digits": lambda _: _digits(style), "folder": _folder, "coco": _coco}
     data = loaders[name](data_dir) if name in loaders else _torchvision(name, data_dir, unlabelled)
     data.class_names = [english(n) for n in data.class_names]
     data.train.transform = augmented
@@ -346,8 +348,9 @@ def split_per_class(labels, share: float, seed: int, at_least: int = 0) -> tuple
     return np.setdiff1d(np.arange(len(labels)), held), held
 
 
-def _digits(_) -> Data:
-    return Data(class_names=world.NAMES, **{name: Images(*split) for name, split in world.splits().items()})
+def _digits(style: float | None) -> Data:
+    splits = world.splits(world.STYLE if style is None else style)
+    return Data(class_names=world.NAMES, **{name: Images(*split) for name, split in splits.items()})
 
 
 def _folder(root: str) -> Data:
@@ -617,16 +620,19 @@ def load_pipeline(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
     gradient_checkpointing: bool = False,
+    lora: str | None = None,
 ):
     """Loads a frozen StableDiffusionPipeline with DDPM sampling and without safety checker.
 
     dtype: by default native_dtype(device)
     gradient_checkpointing: gradients through U-Net and decoder take less memory and more time
+    lora: see fuse_lora
     """
     from diffusers import DDPMScheduler, StableDiffusionPipeline
-    from diffusers.utils import logging
+    from diffusers.utils import is_peft_available, logging
 
-    logging.set_verbosity_error()
+    require(not lora or is_peft_available(), "--lora needs the package peft; install it: pip install peft")
+    logging.set_verbosity(logging.CRITICAL)  # an error is raised as well
     logging.disable_progress_bar()
     device = torch.device(device)
     dtype = dtype or native_dtype(device)
@@ -635,6 +641,8 @@ def load_pipeline(
         options["variant"] = "fp16"
     pipe = from_pretrained(StableDiffusionPipeline, model_id, **options)
     check_kind(pipe, model_id)
+    if lora:
+        fuse_lora(pipe, lora)
     pipe.to(device)
     pipe.scheduler = DDPMScheduler.from_config(pipe.scheduler.config, clip_sample=False)  # as in ddim()
     for part in (pipe.unet, pipe.vae, pipe.text_encoder):
@@ -658,6 +666,44 @@ def check_kind(pipe, model_id: str) -> None:
     )
     width = pipe.text_encoder.config.hidden_size
     require(unet.cross_attention_dim == width, f"{kind}its text encoder does not fit its U-Net")
+    distilled = f"{kind}its U-Net wants the guidance scale, as an LCM's does; give its base model with an LCM"
+    require(unet.time_cond_proj_dim is None, f"{distilled} as --lora")
+
+
+def fuse_lora(pipe, path: str) -> None:
+    """Adds LoRA weights (Hu et al. 2022) to the pipeline's own, whose layers stay what they are.
+
+    path: a file, a folder or a model id. Raises UserError if these are no LoRA weights of this model.
+    """
+    path = os.path.expanduser(path)
+    advice = "give LoRA weights that were trained on this model"
+    if not Path(path).exists():
+        advice = "no such file or folder; a model id of the hub needs a network"
+    try:
+        pipe.load_lora_weights(path)
+        require(pipe.get_list_adapters(), "none of its weights has a place in the model")
+        pipe.fuse_lora(safe_fusing=True)
+        pipe.unload_lora_weights()
+    except Exception as error:
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(f"cannot load --lora '{path}': {advice} ({reason})") from None
+
+
+def fill_prompt(prompt: str, name: str) -> str:
+    """The prompt with the class name in the place of {}; other braces are plain text."""
+    return prompt.replace("{}", name)
+
+
+def check_prompt(pipe, prompt: str, class_names: list[str], where: str, vectors: int = 0) -> None:
+    """Raises UserError, which begins with `where`, if the tokenizer's length cuts off a class name.
+
+    vectors: instead of the name stands a token of so many vectors, if any
+    """
+    before, room = prompt.split("{}")[0], pipe.tokenizer.model_max_length - 2  # without start and end
+    for name in class_names:
+        end = len(pipe.tokenizer.tokenize(before if vectors else before + name)) + vectors
+        what = f"{where}: the class '{name}' ends at token {end} of the prompt, of which {room} are read"
+        require(end <= room, f"{what}; shorten it{' or lower --vectors' if vectors > 1 else ''}")
 
 
 def resolution(pipe) -> int:
@@ -689,8 +735,11 @@ def ddim(pipe, steps: int, strength: float):
     """
     from diffusers import DDIMScheduler
 
+    # choice: up to four steps, as distilled models take (LCM, Turbo), begin at the noisiest timestep, 999. By
+    # SD's own spacing four would begin at 751, and a single one at 1, which leaves an image as it is.
+    few = {"timestep_spacing": "trailing"} if steps <= 4 else {}
     # never clip latents: other schedulers' configs leave clip_sample to DDIM's default, True
-    scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
+    scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False, **few)
     trained, used = scheduler.config.num_train_timesteps, int(steps * strength)
     if 1 <= used <= steps <= trained:
         scheduler.set_timesteps(steps)
@@ -698,7 +747,8 @@ def ddim(pipe, steps: int, strength: float):
         if timesteps[0] < trained:
             return scheduler, timesteps
     raise UserError(
-        f"--steps {steps} with --strength {strength} leaves no step that the model was trained for"
+        f"--steps {steps} with --strength {strength} leaves no step that the model was trained for; "
+        f"choose --strength up to 1, --steps below {trained}, and their product at least 1"
     )
 
 
@@ -1421,6 +1471,7 @@ class RunArgs:
 
     dataset: str = HfArg(default="digits", help=", ".join(DATASETS))
     data_dir: str = HfArg(default="data", help="folder where the data set is, or is downloaded to")
+    style: float | None = number("[0, 1]", "digits only: how unlike the generator's images")
     out: str | None = HfArg(default=None, help="run folder; if none is given, runs/METHOD-DATASET-sSEED")
     overwrite: bool = HfArg(default=False, help="start afresh if the folder holds a run")
     seed: int = number("[0, 4294967295]", "seed of every random draw", 0)
@@ -1432,6 +1483,7 @@ class RunArgs:
     workers: int | None = number("[0, 1000]", "processes that load images, on each GPU")
     # the generator
     diffusion: str | None = HfArg(default=None, help="Stable Diffusion: model id or local folder")
+    lora: str | None = HfArg(default=None, help="LoRA weights for it: file, folder or model id; needs peft")
     prompt: str | None = HfArg(default=None, help="prompt; {} stands for the class name")
     steps: int | None = number("[1, 10000]", "sampling steps")
     guidance_scale: float | None = number("[0, 100]", "scale of classifier-free guidance")
@@ -1515,7 +1567,8 @@ def fill_recipe(args: RunArgs, recipes: dict[str, dict], method: str) -> RunArgs
     paths = {k: os.path.expanduser(v) for k, v in vars(args).items() if isinstance(v, str)}  # ~ is home
     args = dataclasses.replace(args, **paths)
     args.out = args.out or f"runs/{method}-{args.dataset}{'-ladder' if args.ladder else ''}-s{args.seed}"
-    require("{}" in args.prompt, f"--prompt '{args.prompt}' has no {{}} for the class name")
+    count = args.prompt.count("{}")
+    require(count == 1, f"--prompt '{args.prompt}' must have one {{}} for the class name, not {count}")
     check_numbers(args)
     return args
 
@@ -1544,7 +1597,8 @@ def check_training(args: RunArgs, accelerator, data: Data) -> None:
 def data_of(args: RunArgs, unlabelled: bool = False) -> Data:
     """The data set that the arguments name; see load_data."""
     few, seed = args.examples_per_class, args.seed
-    return load_data(args.dataset, args.data_dir, args.image_size, args.augment, few, seed, unlabelled)
+    size, augment, style = args.image_size, args.augment, args.style
+    return load_data(args.dataset, args.data_dir, size, augment, few, seed, unlabelled, style)
 
 
 def report(result: dict[str, dict], out: str) -> None:

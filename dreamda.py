@@ -585,7 +585,7 @@ def records_of(args: Args, data: common.Data) -> list[dict]:
         name = data.class_names[y]
         record = {"file_name": f"{folders[y]}/{i:06d}-{k:02d}.png", "label": y, "class_name": name}
         record |= {"guide": data.train.name(i), "guide_index": i}
-        record |= {"prompt": args.prompt.format(name), "seed": [args.seed, i, k]}
+        record |= {"prompt": common.fill_prompt(args.prompt, name), "seed": [args.seed, i, k]}
         records.append(record)
     return records
 
@@ -607,7 +607,8 @@ def draw_variations(args: Args, run: common.Run, pipe, data: common.Data, record
         path = {j: (j // M, j % M % paths) for j in batch}
         inversions = sorted(set(path.values()))  # pairs of a source image and the number of its path
         images = torch.stack([real[i][0] for i, _ in inversions])
-        prompts = [args.source_prompt.format(records[i * M]["class_name"]) for i, _ in inversions]
+        names = [records[i * M]["class_name"] for i, _ in inversions]
+        prompts = [common.fill_prompt(args.source_prompt, name) for name in names]
         generators = [common.generator(args.seed, 1, i, k) for i, k in inversions]
         starts = [
             g if k == 0 or args.inversion == "none" else common.generator(args.seed, 1, i, 0)
@@ -834,6 +835,9 @@ def check(args: Args, accelerator, data: common.Data, pipe) -> None:
     if args.labels == "clip":
         common.build_classifier("clip", data.class_names, args.image_size, clip=args.clip)
     if pipe is not None:
+        common.check_prompt(pipe, args.prompt, data.class_names, "--prompt")
+        if "{}" in args.source_prompt:
+            common.check_prompt(pipe, args.source_prompt, data.class_names, "--source_prompt")
         ddim_steps(pipe, args.steps, args.strength, args.eta)
         Perturbation(pipe.unet, args.perturb, args.noise_scale, [])
 
@@ -848,7 +852,7 @@ def run_once(args: Args, accelerator) -> dict:
     with accelerator.main_process_first():  # it downloads what is missing
         data = common.data_of(args, unlabelled=args.unlabelled > 0)
         if not (args.real_only or args.synthetic):
-            pipe = common.load_pipeline(args.diffusion, accelerator.device)
+            pipe = common.load_pipeline(args.diffusion, accelerator.device, lora=args.lora)
     if not args.real_only:
         read = common.read_records
         records = read(folder, data.class_names) if args.synthetic else records_of(args, data)

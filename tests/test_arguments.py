@@ -120,6 +120,8 @@ REFUSED = {  # values that no run can mean, for every script that has the argume
     "--synthetic_probability": "nan -0.1 1.1",
     "--iterations": "0",
     "--filter_epochs": "0",
+    "--vectors": "0 -1",
+    "--style": "nan -0.1 1.5",
     "--prompts_per_class": "0",
 }
 
@@ -208,7 +210,8 @@ def test_any_numbers_start_a_run_or_end_in_one_line(script, data):
     if isinstance(found, dict):
         for name in fields:
             values = found[name] if isinstance(found[name], list) else [found[name]]
-            assert all(math.isfinite(v) and 0 <= v <= 2**32 for v in values), (name, values)
+            fits = (v is None or (math.isfinite(v) and 0 <= v <= 2**32) for v in values)
+            assert all(fits), (name, values)
 
 
 EXTREMES = [  # legal, but at an end of their ranges
@@ -280,7 +283,8 @@ def test_a_diverged_training_names_the_learning_rate():
 def test_a_tilde_is_the_home_folder_in_every_argument(script, monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("USERPROFILE", str(tmp_path))  # on Windows
-    texts = ("data_dir", "out", "diffusion", "clip", "synthetic", "embeddings", "llm")
+    (tmp_path / "my embeddings" / "embeddings").mkdir(parents=True)
+    texts = ("data_dir", "out", "diffusion", "lora", "clip", "synthetic", "embeddings", "llm")
     known = [k for k in texts if k in {f.name for f in dataclasses.fields(script.Args)}]
     found = started(script, *(f"--{name}=~/my {name}" for name in known))
     assert {name: found[name] for name in known} == {name: str(tmp_path / f"my {name}") for name in known}

@@ -488,6 +488,7 @@ def test_a_group_of_tokens_that_was_interrupted_starts_again_and_learns_the_same
 
 def test_embeddings_of_no_run_or_of_an_unfinished_one_are_refused(pipe, data, tmp_path):
     folder = tmp_path / "tokens"
+    (folder / "embeddings").mkdir(parents=True)
     args, run = a_run(tmp_path / "run", embeddings=str(folder))
     data = common.Data(NAMES, data.train, data.test, data.test)
     for _ in range(3):
