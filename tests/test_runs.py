@@ -123,7 +123,7 @@ def test_a_run_writes_all_its_files(script, finished):
     config = json.loads((out / "config.json").read_text())
     assert config["args"] | DIGITS[script] == config["args"] and "torch" in config["versions"]
     unset = [name for name, value in config["args"].items() if value is None]
-    assert set(unset) <= {"synthetic", "embeddings", "lora"}
+    assert set(unset) <= {"style", "synthetic", "embeddings", "lora"}
     result, metrics = json.loads((out / "result.json").read_text()), metrics_of(out)
     assert list(result) == list(metrics) == TITLES[script]
     for title, lines in metrics.items():
