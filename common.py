@@ -20,6 +20,7 @@ import io
 import itertools
 import json
 import math
+import operator
 import os
 import re
 import shutil
@@ -102,7 +103,7 @@ class Images(torch.utils.data.Dataset):
 
         The largest that are kept have 64 pixels, and all together 2 GiB.
         """
-        size = self.transform.size
+        size = getattr(self.transform, "size", None)
         if size and size <= 64 and len(self) * 3 * size**2 <= 2**31 and self.kept is None:
             with ThreadPoolExecutor() as pool:
                 self.kept = list(pool.map(lambda s: self.transform.square(open_image(s)), self.sources))
@@ -715,7 +716,7 @@ def _coco(root: str) -> Data:
     for split, year in (("train", "train2017"), ("test", "val2017")):
         path = Path(root) / "annotations" / f"instances_{year}.json"
         try:
-            annotations = json.loads(path.read_text())
+            annotations = json.loads(path.read_text(encoding="utf-8"))
             categories = sorted(annotations["categories"], key=lambda c: c["id"])
             largest = {}  # image id -> (area, category id) of its largest object
             for a in annotations["annotations"]:
@@ -929,7 +930,10 @@ def split_head(classifier: nn.Module) -> tuple[nn.Module, nn.Linear]:
 def from_pretrained(cls, model_id: str, **options):
     """cls.from_pretrained, but a model that cannot be loaded ends in one line. `~` is the home folder."""
     model_id = os.path.expanduser(model_id)
-    advice = "no such folder; a model id of the hub needs a network and, if it is gated, its licence"
+    hub, advice = re.fullmatch(r"([\w-][\w.-]*/)?[\w-][\w.-]*", model_id), "no such folder"
+    require(hub or Path(model_id).exists(), f"cannot load the model '{model_id}': {advice}")
+    if "/" not in model_id or not Path(model_id).parent.is_dir():
+        advice += "; a model id of the hub needs a network and, if it is gated, its licence"
     if Path(model_id).exists():
         advice = "the folder is incomplete or holds a model of another kind"
     if Path(model_id).is_file():
@@ -1153,15 +1157,21 @@ def seed_everything(accelerator, *key: int) -> None:
     set_seed(int(np.random.SeedSequence((*key, accelerator.process_index)).generate_state(1)[0]))
 
 
-def make_accelerator():
+def make_accelerator(report_to: str = "none", folder: str | None = None):
     """Accelerate's engine, which splits each batch over the processes.
 
     The precision is the one that `accelerate launch --mixed_precision` names, else that of native_dtype.
     Processes wait for one another as long as it takes: one may ask a language model meanwhile.
+    report_to: one of accelerate's trackers, which logs in `folder`; UserError if its package is missing
     """
     from accelerate import Accelerator, InitProcessGroupKwargs
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, filter_trackers
     from accelerate.utils import DataLoaderConfiguration
 
+    check_choice("--report_to", report_to, ["none", *LOGGER_TYPE_TO_CLASS])
+    tracker = {} if report_to == "none" else {"log_with": report_to, "project_dir": folder}
+    installed = not tracker or filter_trackers(report_to, folder)
+    require(installed, f"--report_to {report_to} needs a package; pip install {report_to}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     native = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "no"}[native_dtype(device)]
     named = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")  # the launcher sets "no" if it was not told
@@ -1169,6 +1179,7 @@ def make_accelerator():
         mixed_precision=native if named == "no" else named,
         dataloader_config=DataLoaderConfiguration(split_batches=True),
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))],
+        **tracker,
     )
 
 
@@ -1321,6 +1332,7 @@ def predict(model, images: Images, accelerator, workers: int = 0, batch_size: in
     for x, y in loader.draw(range(len(images)), *seed):
         with accelerator.autocast():
             logits = model(x)
+        require(logits.isfinite().all(), "the classifier's outputs are not numbers; lower --lr")
         kept = (logits.float(),) if reduce is None else reduce(logits.float())
         outputs.append([t.cpu() for t in accelerator.gather_for_metrics((*kept, y))])
     return tuple(torch.cat(parts) for parts in zip(*outputs, strict=True))
@@ -1346,7 +1358,6 @@ def scores(logits: torch.Tensor, labels: torch.Tensor) -> dict:
     """
     from torchmetrics.functional.classification import multiclass_calibration_error
 
-    require(logits.isfinite().all(), "the classifier's outputs are not numbers; lower --lr")
     classes = logits.shape[1]
     hits = logits.topk(min(5, classes), 1).indices == labels[:, None]
     first = hits[:, 0].float()
@@ -1397,7 +1408,9 @@ class Run:
     """
 
     # arguments that may change when a run goes on
-    FREE = "out overwrite data_dir seeds workers generation_batch_size gradient_checkpointing".split()
+    FREE = (
+        "out overwrite data_dir seeds workers generation_batch_size gradient_checkpointing report_to".split()
+    )
 
     def __init__(self, args, accelerator, free: tuple[str, ...] = ()):
         """Opens or creates the folder args.out. `free` names more arguments that may change, beside FREE.
@@ -1406,7 +1419,7 @@ class Run:
         """
         self.path, self.accelerator, self.main = Path(args.out), accelerator, accelerator.is_main_process
         self.wait = accelerator.wait_for_everyone
-        self.config, self.logs, self.line = dict(vars(args)), {}, {}
+        self.config, self.logs, self.line, self.plan, self.done = dict(vars(args)), {}, {}, {}, {}
         if self.main:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = FileLock(self.path / ".lock", blocking=False)
@@ -1449,11 +1462,31 @@ class Run:
             print(f"{self.path} is finished; --overwrite starts it afresh")
         return result
 
-    def begin(self) -> None:
-        """Writes config.json, after every check: a run that ends before it may be given other arguments."""
+    def begin(self, plan: dict[str, str] | None = None) -> None:
+        """Writes config.json, after every check: a run that ends before it may be given other arguments.
+
+        plan: what each title of `missing` and `epochs` will do, such as "320 images"; it is printed
+        """
+        if self.main and plan:
+            print(f"{self.path}: " + "; ".join(f"{title}, {text}" for title, text in plan.items()))
+        self.plan = {title: text.split()[:2] for title, text in (plan or {}).items()}
         if self.main and not (self.path / "config.json").exists():
             self.write("config.json", {"args": self.config, "versions": versions()})
         self.wait()
+
+    def left(self) -> str:
+        """About how long the rest of the plan takes, if each unit takes as long as the ones before.
+
+        "over" stands before it while there was no unit yet of some kind, such as images.
+        """
+        total, over = 0.0, ""
+        for title, (count, unit) in self.plan.items():
+            begun = [t for t in self.plan if self.done.get(t) and self.plan[t][1] == unit]
+            begun = [title] if title in begun else begun
+            rest, done = int(count) - self.done.get(title, 0), sum(self.done[t] for t in begun)
+            over = "over " if rest > 0 and not done else over
+            total += max(0, rest) * sum(self.seconds.get(t, 0.0) for t in begun) / max(1, done)
+        return f"whole run: {over}{tqdm.format_interval(total)} left" if self.plan else ""
 
     def write(self, name: str, value) -> None:
         """Writes a file whole or not at all, on the main process; see write_file."""
@@ -1482,14 +1515,27 @@ class Run:
         rank, processes = self.accelerator.process_index, self.accelerator.num_processes
         batches = [[*range(b, min(b + batch_size, len(files)))] for b in range(0, len(files), batch_size)]
         todo = [b for b in batches[rank::processes] if not all(files[i].exists() for i in b)]
-        for batch in tqdm(todo, title, leave=False, disable=not self.main):
-            clock = time.time()
-            yield batch
-            self.count(title, time.time() - clock)
+        done = self.done.get(title, 0) + len(files)
+        with tqdm(desc=title, total=len(todo), leave=False, disable=not (self.main and todo)) as bar:
+            for rest, batch in zip(reversed(range(len(todo))), todo, strict=True):
+                clock = time.time()
+                yield batch
+                self.count(title, time.time() - clock)
+                self.done[title] = done - rest * batch_size * processes
+                bar.set_postfix_str(self.left(), refresh=False)
+                bar.update()
+        self.done[title] = done
         self.wait()
 
     def keep(self, images: torch.Tensor, files: list[Path], latents: torch.Tensor | None = None) -> None:
-        """Writes images [B, 3, H, W] in [0, 1] as PNG files, each after its latents in latents/STEM.pt."""
+        """Writes images [B, 3, H, W] in [0, 1] as PNG files, each after its latents in latents/STEM.pt.
+
+        Raises UserError if an image is not made of numbers.
+        """
+        causes = [f"--{k}" for k in ("guidance_scale", "noise_scale", "sigmas", "nu") if k in self.config]
+        advice = f"lower {' or '.join(causes)}, or give another --diffusion"
+        broken = [f for f, image in zip(files, images, strict=True) if not image.isfinite().all()]
+        require(not broken, f"the image {''.join(f.name for f in broken[:1])} came out as NaN; {advice}")
         for i, file in enumerate(files):
             if latents is not None:
                 write_file(self.path / "latents" / f"{file.stem}.pt", latents[i].cpu().clone())
@@ -1508,6 +1554,9 @@ class Run:
         for key, part in parts.items() if state else ():
             part.load_state_dict(state[key])
         log = self.logs[title] = state["log"] if state else []
+        self.done[title] = len(log)
+        if len(log) < count:
+            self._track(title)
         with tqdm(desc=title, total=count, initial=len(log), disable=not self.main) as bar:
             for epoch in range(len(log), count):
                 clock, before = time.time(), sum(self.seconds.values())
@@ -1516,11 +1565,24 @@ class Run:
                 drawing = sum(self.seconds.values()) - before
                 self.count(title, time.time() - clock - drawing)
                 log.append(self.line)
+                numbers = {k: v for k, v in self.line.items() if isinstance(v, int | float)}
+                self.accelerator.log(numbers, step=epoch + 1)
+                self.done[title] = epoch + 1
                 bar.update()
-                bar.set_postfix({k: f"{v:.3f}" for k, v in self.line.items() if isinstance(v, float)})
+                shown = [f"{k}={v:.3f}" for k, v in numbers.items() if isinstance(v, float)]
+                bar.set_postfix_str(", ".join([*shown, self.left()]))
                 self.write("metrics.jsonl", list(itertools.chain(*self.logs.values())))
                 states = {key: part.state_dict() for key, part in parts.items()}
                 self.write(f"{slug(title)}.pt", states | {"log": log})
+        while self.accelerator.trackers:
+            self.accelerator.trackers.pop().finish()
+
+    def _track(self, title: str) -> None:
+        """Starts a run of the tracker that --report_to names; each classifier has one of its own."""
+        config = {k: v if isinstance(v, int | float | str) else str(v) for k, v in self.config.items()}
+        self.accelerator.project_configuration.logging_dir = str(self.path / "logs" / slug(title))
+        names = {"wandb": {"name": f"{self.path.name}, {title}", "dir": str(self.path)}}
+        self.accelerator.init_trackers("generative-augmentation", config, names)
 
     def log(self, **values) -> None:
         """Adds values to the present epoch's line of metrics.jsonl."""
@@ -1609,6 +1671,8 @@ def class_folders(class_names: list[str]) -> list[str]:
     folders, taken = [], set()
     for name in class_names:
         clean = re.sub(r"[^\w .()'-]", "_", name).encode()[:100].decode(errors="ignore").strip(" .") or "_"
+        if re.fullmatch(r"(?i:con|prn|aux|nul|(com|lpt)[\d¹²³])", clean.partition(".")[0].rstrip()):
+            clean = f"_{clean}"  # a device's name on Windows
         folder, i = clean, 1
         while folder.lower() in taken:
             folder, i = f"{clean} {i}", i + 1
@@ -1723,6 +1787,25 @@ def save_curves(series: dict[str, list[dict]], path: Path) -> None:
 # The command line: one run, or the ladder
 
 
+def number(interval: str, help: str, default=None, **options):
+    """An argument field whose numbers must lie in an interval such as "(0, 1]", which --help shows."""
+    options = options or {"default": default}
+    return HfArg(help=help, metadata={"metavar": interval}, **options)
+
+
+def check_numbers(args) -> None:
+    """Raises UserError if a number of the arguments is not in the interval of its field; NaN is in none."""
+    for field in dataclasses.fields(args):
+        value, interval = getattr(args, field.name), field.metadata.get("metavar", "")
+        if value is None or not interval:
+            continue
+        low, high = map(float, interval[1:-1].split(","))
+        above, below = (operator.le if end in "[]" else operator.lt for end in (interval[0], interval[-1]))
+        values = value if isinstance(value, list) else [value]
+        fits = values and all(above(low, v) and below(v, high) for v in values)
+        require(fits, f"--{field.name} {value} must lie in {interval}")
+
+
 @dataclass
 class RunArgs:
     """The arguments of every method. Where the default is None, the data set's recipe gives the value."""
@@ -1731,42 +1814,43 @@ class RunArgs:
     data_dir: str = HfArg(default="data", help="folder of the data set; hf: its id, OWNER/NAME")
     class_names: str = HfArg(default="", help="file of lines FOLDER,NAME; else data_dir's classes.txt")
     skip_bad_images: bool = HfArg(default=False, help="leave out images that cannot be read")
-    style: float = HfArg(default=world.STYLE, help="digits only: how unlike the generator's images, 0 to 1")
+    style: float = number("[0, 1]", "digits only: how unlike the generator's images", world.STYLE)
     out: str | None = HfArg(default=None, help="run folder; if none is given, runs/METHOD-DATASET-sSEED")
     overwrite: bool = HfArg(default=False, help="start afresh if the folder holds a run")
-    seed: int = HfArg(default=0, help="seed of every random draw")
+    seed: int = number("[0, 4294967295]", "seed of every random draw", 0)
     ladder: bool = HfArg(default=False, help="run the ablation ladder over --seeds seeds")
-    seeds: int = HfArg(default=5, help="number of seeds of the ladder")
+    seeds: int = number("[1, 1000]", "number of seeds of the ladder", 5)
+    report_to: str = HfArg(default="none", help="log metrics to, too: tensorboard, wandb or none")
     baseline: bool = HfArg(default=True, help="also train the method's baselines")
     real_only: bool = HfArg(default=False, help="train on the real images alone")
-    workers: int | None = HfArg(default=None, help="processes that load images, on each GPU")
+    workers: int | None = number("[0, 1000]", "processes that load images, on each GPU")
     # the generator
     diffusion: str | None = HfArg(default=None, help="Stable Diffusion: model id or local folder")
     lora: str | None = HfArg(default=None, help="LoRA weights for it: file, folder or model id; needs peft")
     prompt: str | None = HfArg(default=None, help="prompt; {} stands for the class name")
-    steps: int | None = HfArg(default=None, help="sampling steps")
-    guidance_scale: float | None = HfArg(default=None, help="scale of classifier-free guidance")
-    generation_batch_size: int | None = HfArg(default=None, help="images that are generated at a time")
+    steps: int | None = number("[1, 10000]", "sampling steps")
+    guidance_scale: float | None = number("[0, 100]", "scale of classifier-free guidance")
+    generation_batch_size: int | None = number("[1, 1e6]", "images that are generated at a time")
     square: str = HfArg(default="squeeze", help="how real images become square for it: squeeze or crop")
     gradient_checkpointing: bool = HfArg(default=False, help="less memory for gradients, but slower")
     # data and classifier
-    examples_per_class: int | None = HfArg(default=None, help="real training images per class; 0 takes all")
+    examples_per_class: int | None = number("[0, 1e9]", "real training images per class; 0 takes all")
     classifier: str | None = HfArg(default=None, help="small_cnn, clip, or any model of timm")
     pretrained: bool | None = HfArg(default=None, help="start from pretrained weights")
     clip: str = HfArg(
         default="openai/clip-vit-base-patch32", help="CLIP model id or folder, where CLIP is used"
     )
-    image_size: int | None = HfArg(default=None, help="side of the classifier's images in pixels")
+    image_size: int | None = number("[8, 1024]", "side of the classifier's images in pixels")
     augment: str | None = HfArg(
         default=None, help="digits, crop, resized, squeezed, zoomed or none; also with +randaugment after it"
     )
-    epochs: int | None = HfArg(default=None, help="training epochs")
-    batch_size: int | None = HfArg(default=None, help="real images in a training batch, over all GPUs")
+    epochs: int | None = number("[1, 1e6]", "training epochs")
+    batch_size: int | None = number("[1, 1e6]", "real images in a training batch, over all GPUs")
     optimizer: str | None = HfArg(default=None, help="sgd, adam or adamw")
-    lr: float | None = HfArg(default=None, help="peak learning rate")
-    weight_decay: float | None = HfArg(default=None, help="weight decay")
-    warmup: float | None = HfArg(default=None, help="share of the epochs in which the learning rate warms up")
-    eval_every: int | None = HfArg(default=None, help="epochs from one evaluation to the next")
+    lr: float | None = number("(0, 100]", "peak learning rate")
+    weight_decay: float | None = number("[0, 1]", "weight decay")
+    warmup: float | None = number("[0, 1)", "share of the epochs in which the learning rate warms up")
+    eval_every: int | None = number("[1, 1e6]", "epochs from one evaluation to the next")
 
 
 def cli(main, args_class, recipes: dict[str, dict] | None = None) -> None:
@@ -1774,6 +1858,8 @@ def cli(main, args_class, recipes: dict[str, dict] | None = None) -> None:
 
     recipes: see recipe_of; `--dataset cifar10 --help` shows the values in use
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):  # it may lack letters, as in a file on Windows
+        sys.stdout.reconfigure(errors="replace")
     parser = HfArgumentParser(
         args_class,
         description=sys.modules["__main__"].__doc__.strip().split("\n")[0],
@@ -1827,18 +1913,13 @@ def fill_recipe(args: RunArgs, recipes: dict[str, dict], method: str) -> RunArgs
     check_choice("dataset", args.dataset, DATASETS)
     recipe = recipe_of(recipes, args.dataset, args.classifier)
     args = dataclasses.replace(args, **{k: v for k, v in recipe.items() if getattr(args, k) is None})
+    paths = {k: os.path.expanduser(v) for k, v in vars(args).items() if isinstance(v, str)}  # ~ is home
+    args = dataclasses.replace(args, **paths)
     args.out = args.out or f"runs/{method}-{args.dataset}{'-ladder' if args.ladder else ''}-s{args.seed}"
     count = args.prompt.count("{}")
     require(count == 1, f"--prompt '{args.prompt}' must have one {{}} for the class name, not {count}")
-    check_at_least(1, args, "epochs", "batch_size", "generation_batch_size", "steps", "seeds", "eval_every")
-    check_at_least(0, args, "seed", "examples_per_class", "workers")
+    check_numbers(args)
     return args
-
-
-def check_at_least(least: int, args: RunArgs, *names: str) -> None:
-    """Raises UserError if one of the arguments is less."""
-    for name in names:
-        require(getattr(args, name) >= least, f"--{name} {getattr(args, name)} must be at least {least}")
 
 
 def check_training(args: RunArgs, accelerator, data: Data) -> None:
@@ -1847,6 +1928,12 @@ def check_training(args: RunArgs, accelerator, data: Data) -> None:
     net = build_classifier(args.classifier, names, size, args.pretrained, args.clip)
     make_optimizer(args.optimizer, net, args.lr, args.weight_decay)
     Loader(data.train, args.batch_size, accelerator)
+    batch = min(2, args.batch_size // accelerator.num_processes)
+    try:
+        net.train()(torch.zeros(batch, 3, size, size))
+    except (AssertionError, RuntimeError, ValueError) as error:
+        cannot = f"the classifier {args.classifier} cannot train on {batch} images of {size} pixels"
+        raise UserError(f"{cannot}: {error}; change --image_size or --batch_size") from None
     square(args.image_size, args.square)
 
 
@@ -1858,16 +1945,19 @@ def data_of(args: RunArgs, unlabelled: bool = False) -> Data:
 
 
 def report(result: dict[str, dict], out: str) -> None:
-    """Prints the last lines of a run: accuracy of each classifier, number of images, seconds."""
-    first, last = (list(result.values())[i] for i in (0, -1))
-    kinds = {"accuracy": "top1", "class mean": "class_mean"}
+    """Prints the last lines of a run: a table of accuracies and the gain, number of images, seconds."""
+    kinds, scores = {"top-1": "top1", "class mean": "class_mean"}, list(result.values())
+    rows = [["accuracy in %", *result, "gain"]]
     for split, (kind, key) in itertools.product(("test", "test_ood"), kinds.items()):
-        if split in first:
-            text = ", ".join(f"{name} {100 * r[split][key]:.1f} %" for name, r in result.items())
-            gain = f" ({100 * (last[split][key] - first[split][key]):+.1f})" if len(result) > 1 else ""
-            print(f"{split:9}{kind}: {text}{gain}")
-    training, generation = (sum(r.get(key, 0) for r in result.values()) for key in ("training", "generation"))
-    images = max(r["synthetic"] for r in result.values())
+        if split in scores[0]:
+            values = [100 * r[split][key] for r in scores]
+            rows.append([f"{split}, {kind}", *(f"{v:.1f}" for v in values), f"{values[-1] - values[0]:+.1f}"])
+    columns = [*zip(*rows, strict=True)][: None if len(scores) > 1 else -1]
+    widths = [max(map(len, column)) for column in columns]
+    for first, *cells in zip(*columns, strict=True):
+        print(first.ljust(widths[0]), *map(str.rjust, cells, widths[1:]), sep="  ")
+    training, generation = (sum(r.get(key, 0) for r in scores) for key in ("training", "generation"))
+    images = max(r["synthetic"] for r in scores)
     print(f"{images} images generated in {generation:.0f} s, {training:.0f} s of training; {out}")
 
 
@@ -1877,7 +1967,7 @@ def run_ladder(args: RunArgs, accelerator, rungs: dict[str, dict], run_once) -> 
     A rung's scores are those of the last classifier in its result. synthetic="RUNG" takes the images of that
     rung, embeddings="RUNG" its learned tokens. Writes the table to ladder.json and ladder.md.
     """
-    top1, distances = {}, {}
+    top1, class_mean, distances = {}, {}, {}
     for seed in range(args.seed, args.seed + args.seeds):
         out = {rung: str(Path(args.out) / f"{slug(rung)}-s{seed}") for rung in rungs}
         for rung, changes in rungs.items():
@@ -1886,42 +1976,42 @@ def run_ladder(args: RunArgs, accelerator, rungs: dict[str, dict], run_once) -> 
             *_, last = run_once(dataclasses.replace(args, **changes), accelerator).values()
             accelerator.free_memory()  # it would keep every run's model and optimizer
             for split in ("test", "test_ood", "val"):
-                if split in last:
-                    top1.setdefault(split, {}).setdefault(rung, []).append(100 * last[split]["top1"])
+                for key, table in {"top1": top1, "class_mean": class_mean}.items() if split in last else ():
+                    table.setdefault(split, {}).setdefault(rung, []).append(100 * last[split][key])
             for name, value in last.get("distances", {}).items():
                 distances.setdefault(name, {}).setdefault(rung, []).append(value)
     if accelerator.is_main_process:
-        save_ladder(top1, Path(args.out), distances)
+        save_ladder(top1, class_mean, distances, Path(args.out))
 
 
-def save_ladder(top1: dict, folder: Path, distances: dict | None = None) -> None:
+def save_ladder(top1: dict, class_mean: dict, distances: dict, folder: Path) -> None:
     """Prints and writes (ladder.json, ladder.md) the accuracies top1[split][rung], in %, one for each seed.
 
-    A row has the mean ± 95 % interval over the seeds, the paired difference to the rung before, and the means
-    of distances[name][rung] where the rung has them.
+    A row has, for each split, the mean ± 95 % interval over the seeds, the paired difference to the rung
+    before, and the same accuracy as the mean of the classes' ones; then the means of distances[name][rung]
+    where the rung has them.
     """
-    distances = distances or {}
     rungs = list(next(iter(top1.values())))
     seeds = len(next(iter(top1.values()))[rungs[0]])
-    columns = ["rung", *(c for s in top1 for c in (s, "to the rung before")), *distances]
+    columns = ["rung", *(c for s in top1 for c in (s, "to the rung before", "class mean")), *distances]
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for i, rung in enumerate(rungs):
         cells = []
-        for values in top1.values():
-            cells += [interval_text(values[rung]), ""]
-            if i > 0:
-                cells[-1] = interval_text(np.subtract(values[rung], values[rungs[i - 1]]), "+")
+        for split, values in top1.items():
+            gain = np.subtract(values[rung], values[rungs[i - 1]])
+            cells += [interval_text(values[rung]), interval_text(gain, "+") if i > 0 else ""]
+            cells.append(interval_text(class_mean[split][rung]))
         cells += [f"{np.mean(d[rung]):.3g}" if rung in d else "" for d in distances.values()]
         lines.append(f"| {rung} | " + " | ".join(cells) + " |")
     table = f"{seeds} seeds, mean ± 95 % interval, % top-1\n\n" + "\n".join(lines) + "\n"
-    write_file(folder / "ladder.json", {"top1": top1, "distances": distances})
+    write_file(folder / "ladder.json", {"top1": top1, "class_mean": class_mean, "distances": distances})
     write_file(folder / "ladder.md", table)
     print(table)
 
 
 def run_method(args: RunArgs, rungs: dict[str, dict], run_once) -> None:
     """A method's main: the ladder, in which the baselines are rungs, or one run and its report."""
-    accelerator = make_accelerator()
+    accelerator = make_accelerator(args.report_to, args.out)
     if args.ladder:
         run_ladder(dataclasses.replace(args, baseline=False), accelerator, rungs, run_once)
         return

@@ -43,7 +43,7 @@ from transformers import AddedToken
 from transformers.hf_argparser import HfArg
 
 import common
-from common import require
+from common import number, require
 from digits import world
 
 
@@ -55,31 +55,31 @@ class Args(common.RunArgs):
         default="diagen", help="diagen, or da_fusion or real_guidance at its settings, or *_published"
     )
     # Textual Inversion
-    inversion_steps: int | None = HfArg(default=None, help="training steps of Textual Inversion")
-    inversion_batch_size: int | None = HfArg(default=None, help="images of each class in such a step")
-    inversion_lr: float | None = HfArg(default=None, help="learning rate of Textual Inversion")
-    vectors: int = HfArg(default=1, help="number of vectors that a token has")
+    inversion_steps: int | None = number("[1, 1e6]", "training steps of Textual Inversion")
+    inversion_batch_size: int | None = number("[1, 1000]", "images of each class in such a step")
+    inversion_lr: float | None = number("(0, 1]", "learning rate of Textual Inversion")
+    vectors: int = number("[1, 64]", "number of vectors that a token has", 1)
     initializer: str | None = HfArg(default=None, help="word the tokens start from; '': the class's own name")
     embeddings: str | None = HfArg(default=None, help="folder of a run whose learned tokens are used")
     # diversity
-    sigmas: list[float] | None = HfArg(default=None, help="standard deviations of the noise on the tokens")
+    sigmas: list[float] | None = number("[0, 100]", "standard deviations of the noise on the tokens")
     relative_sigma: bool | None = HfArg(default=None, help="sigma in units of a token's root mean square")
     prompts: str = HfArg(default="bank", help="bank (random words), llm, none, or the name of a CSV file")
-    prompts_per_class: int = HfArg(default=10, help="number of prompts of a class, used in rotation")
+    prompts_per_class: int = number("[1, 1000]", "number of prompts of a class, used in rotation", 10)
     uncommon: bool = HfArg(default=False, help="ask the language model for uncommon locations")
     llm: str = HfArg(default="meta-llama/Llama-3.1-8B-Instruct", help="instruct model for --prompts llm")
     # generation
-    variations: int | None = HfArg(default=None, help="M, synthetic images of each real image")
-    strength: list[float] = HfArg(
-        default_factory=lambda: [0.7], help="t_0, share of the noise schedule; of several, one at random"
+    variations: int | None = number("[1, 10000]", "M, synthetic images of each real image")
+    strength: list[float] = number(
+        "(0, 1]", "t_0, share of the noise schedule; of several, one at random", default_factory=lambda: [0.7]
     )
     synthetic: str | None = HfArg(default=None, help="folder of a run whose synthetic images are used")
     # weighting and training
     weighting: bool = HfArg(default=True, help="weigh the synthetic images by a filter classifier")
-    synthetic_probability: float = HfArg(default=0.7, help="chance that a variation replaces a real image")
-    iterations: int | None = HfArg(default=None, help="training steps in an epoch")
+    synthetic_probability: float = number("[0, 1]", "chance that a variation replaces a real image", 0.7)
+    iterations: int | None = number("[1, 1e6]", "training steps in an epoch")
     frozen: bool | None = HfArg(default=None, help="train only the classifier's last linear layer")
-    filter_epochs: int = HfArg(default=50, help="largest number of epochs of the filter classifier")
+    filter_epochs: int = number("[1, 1e6]", "largest number of epochs of the filter classifier", 50)
 
 
 PHOTO = "a photo of a {}"
@@ -942,13 +942,8 @@ def resolve(args: Args) -> Args:
     """Fills the fields left None from the data set's recipe. Raises UserError if a value cannot be."""
     args = common.fill_recipe(args, RECIPES, "diagen")
     common.check_choice("--method", args.method, METHODS)
-    common.check_at_least(1, args, "variations", "iterations", "filter_epochs", "prompts_per_class")
-    common.check_at_least(1, args, "inversion_steps", "inversion_batch_size", "vectors")
     found = args.embeddings is None or (Path(args.embeddings) / "embeddings").is_dir()
     require(found, f"--embeddings {args.embeddings} is no folder of a run: it has no folder embeddings/")
-    require(args.sigmas and min(args.sigmas) >= 0, f"--sigmas {args.sigmas} must not be negative")
-    share = args.synthetic_probability
-    require(0 <= share <= 1, f"--synthetic_probability {share} must lie between 0 and 1")
     given = args.embeddings or args.synthetic
     require(not (args.ladder and given), f"--ladder makes its own tokens and images; leave out {given}")
     return as_method(args, args.method)
@@ -960,6 +955,18 @@ def plan_jobs(args: Args) -> dict[str, Args | None]:
     if args.baseline and args.method == "diagen" and not (args.real_only or args.synthetic):
         jobs["DA-Fusion"] = as_method(args, "da_fusion")
     return jobs if args.real_only else jobs | {METHODS[args.method]: args}
+
+
+def plan_run(args: Args, data: common.Data) -> dict[str, str]:
+    """What a run will do, for Run.begin."""
+    plan, jobs = {}, plan_jobs(args)
+    drawn = [] if args.synthetic else [job for job in jobs.values() if job]
+    if any(map(learns_tokens, drawn)) and not args.embeddings:
+        plan["learning tokens"] = f"{len(data.class_names)} tokens, {args.inversion_steps} steps each"
+    for job in drawn:
+        images = len(data.train) * args.variations
+        plan[f"{'synthetic' if job is args else job.method} images"] = f"{images} images"
+    return plan | dict.fromkeys(jobs, f"{args.epochs} epochs, {args.epochs * args.iterations} steps")
 
 
 def check(args: Args, run: common.Run, accelerator, data: common.Data, pipe) -> None:
@@ -994,7 +1001,7 @@ def run_once(args: Args, accelerator) -> dict:
         if not (args.real_only or args.synthetic):
             pipe = common.load_pipeline(args.diffusion, accelerator.device, None, save_memory, lora=args.lora)
     check(args, run, accelerator, data, pipe)
-    run.begin()
+    run.begin(plan_run(args, data))
     for title, job in plan_jobs(args).items():
         if job:
             folder = Path(args.synthetic or run.path) / ("synthetic" if job is args else job.method)

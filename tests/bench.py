@@ -277,8 +277,8 @@ def plan(n: int, folder: Path) -> None:
     """ActGen holds out gen-val, and puts an epoch's images together and in order."""
     data = common.Data([str(c) for c in range(1000)], many_images(n), many_images(0))
     real, gen_val = actgen.hold_out(actgen.resolve(actgen.Args(dataset="imagenet", genval_share=0.1)), data)
-    loader = common.make_loader(real + gen_val, 256, common.make_accelerator(), seed=(0,))
-    assert sum(1 for _ in loader.batch_sampler) == n // 256
+    loader = common.Loader(real + gen_val, 256, common.make_accelerator(), samples=n).shuffle(0)
+    assert sum(1 for _ in loader.batches.batch_sampler) == n // 256
 
 
 def metadata(n: int, folder: Path) -> None:

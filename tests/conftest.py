@@ -47,7 +47,7 @@ def quick(pipe):
         return load(name, *arguments, **options) if name != common.DIGITS_SD or options.get("lora") else pipe
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(world, "splits", lambda: few)
+        patch.setattr(world, "splits", lambda *_: few)
         patch.setattr(common, "load_pipeline", load_once)
         yield
 
