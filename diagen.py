@@ -29,6 +29,7 @@ import csv
 import dataclasses
 import io
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -234,6 +235,7 @@ def textual_inversion(
     flip: bool = True,
     seed: int = 0,
     keys: list[int] | None = None,
+    on_step: Callable | None = None,
 ) -> torch.Tensor:
     """Learns the embeddings S* of T tokens from a few images of each: [T, d], float32.
 
@@ -242,6 +244,8 @@ def textual_inversion(
     images: [N, 3, H, W] in [0, 1]; labels: [N] indices into `tokens`; start: [T, d]
     batch_size: images of each token in a step; flip: mirror an image with probability 1/2
     keys: [T] integers that seed the tokens' draws beside `seed`; by default 0 to T - 1
+    on_step: called after each step as on_step(step, t, values), with the timesteps t [T B] of its images and
+        a dict of S, the embeddings [T, d], and loss, the sum over the tokens
 
     The loss is a sum over the tokens, and Adam treats every number by itself. Therefore a token learns the
     same, up to rounding, whichever others train beside it. Raises UserError if the training diverges.
@@ -271,6 +275,8 @@ def textual_inversion(
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
+            if on_step is not None:
+                on_step(step, t, {"S": rows.detach().clone(), "loss": loss.detach()})
             if (step + 1) % 10 == 0 or step + 1 == steps:  # reading a value makes a GPU wait
                 bar.set_postfix(loss=f"{loss.item() / T:.4f}", refresh=False)
                 require(rows.isfinite().all(), "Textual Inversion diverged; lower --inversion_lr")
@@ -447,6 +453,7 @@ def img2img(
     steps: int = 50,
     strength: float = 0.7,
     guidance_scale: float = 15.0,
+    on_step: Callable | None = None,
 ) -> torch.Tensor:
     """Draws variations [B, 3, H, W] in [0, 1] of images: noise up to t_0, then DDIM back to 0 with a prompt.
 
@@ -458,6 +465,7 @@ def img2img(
     eps: the U-Net's output, which is v for a v-prediction U-Net; c: the encoded prompt
     strength: t_0, as a share of the noise schedule
     guidance_scale: s; up to 1 there is no guidance, only the prompt, as in diffusers
+    on_step: called after step i as on_step(i, t, values), with a dict of x, which is x_{t-1}, and x0 (5)
 
     In fp32 the images are bit-equal to those of diffusers' StableDiffusionImg2ImgPipeline with DDIM; in half
     precision the steps stay in fp32, which is closer to fp32's images than diffusers is. Raises UserError
@@ -472,13 +480,16 @@ def img2img(
     z = latents.to(pipe.device, torch.float32)
     xi = randn_tensor(z.shape, generators, pipe.device)
     x = scheduler.add_noise(z, xi, timesteps[:1])  # (3)
-    for t in timesteps:
+    for i, t in enumerate(timesteps):
         rows = torch.cat([x, x]) if guided else x
         output = pipe.unet(rows.to(c.dtype), t, text).sample.float()
         if guided:
             output_empty, output_c = output.chunk(2)
             output = output_empty + guidance_scale * (output_c - output_empty)  # (4)
-        x = scheduler.step(output, t, x).prev_sample  # (5)
+        step = scheduler.step(output, t, x)
+        x = step.prev_sample  # (5)
+        if on_step is not None:
+            on_step(i, t, {"x": x, "x0": step.pred_original_sample})
     return common.decode(pipe, x)
 
 
