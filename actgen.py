@@ -34,6 +34,7 @@ from transformers.hf_argparser import HfArg
 
 import common
 from common import require
+from digits import inside
 
 
 @dataclass
@@ -720,6 +721,7 @@ def train(args: Args, run: common.Run, accelerator, data: common.Data, pipe) -> 
         run.log(**train_epoch(args, accelerator, model, optimizer, loader, count, epoch, args.epochs))
         if (epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs:
             run.log_scores(common.evaluate(net, data, accelerator, args.workers))
+    inside.show_actgen(args, run, pipe, net, gen_val, names)
     generation = run.seconds.get("generating", 0.0)
     return run.outcome("ActGen") | {"synthetic": half * args.images_per_epoch, "generation": generation}
 

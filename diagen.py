@@ -45,7 +45,7 @@ from transformers.hf_argparser import HfArg
 
 import common
 from common import require
-from digits import world
+from digits import inside, world
 
 
 @dataclass
@@ -675,6 +675,15 @@ def read_embeddings(folder: Path, class_names: list[str], pipe) -> torch.Tensor:
     return torch.stack([load_embedding(file, width) for file in files])
 
 
+def inversion_options(args: Args) -> dict:
+    """How `textual_inversion` is called."""
+    options = dict(steps=args.inversion_steps, batch_size=args.inversion_batch_size, lr=args.inversion_lr)
+    options |= dict(flip=args.augment != "digits", seed=args.seed)  # digits are not mirrored
+    if args.dataset == "digits":
+        options |= dict(templates=[args.prompt])  # the only template that the embedded generator has learned
+    return options
+
+
 def learn_tokens(args: Args, run: common.Run, pipe, data: common.Data) -> torch.Tensor:
     """The embeddings [K, d] of all classes, by Textual Inversion or from the run that --embeddings names.
 
@@ -687,10 +696,7 @@ def learn_tokens(args: Args, run: common.Run, pipe, data: common.Data) -> torch.
     tokens = [f"<{folder}>" for folder in common.class_folders(data.class_names)]
     real = data.train.transformed(common.make_transforms(common.resolution(pipe), "none", args.square)[1])
     start = initial_embeddings(pipe, data.class_names, args.initializer)
-    options = dict(steps=args.inversion_steps, batch_size=args.inversion_batch_size, lr=args.inversion_lr)
-    options |= dict(flip=args.augment != "digits", seed=args.seed)  # digits are not mirrored
-    if args.dataset == "digits":
-        options |= dict(templates=[args.prompt])  # the only template that the embedded generator has learned
+    options = inversion_options(args)
     group_size = max(1, args.generation_batch_size // args.inversion_batch_size)
     for group in run.missing("learning tokens", files, group_size):
         members = [i for i, y in enumerate(real.labels) if y in group]
@@ -994,6 +1000,8 @@ def run_once(args: Args, accelerator) -> dict:
             if run.main:
                 save_pictures(run.path / "samples", data, synthetic)
         result[title] = train(args, run, accelerator, data, synthetic.get(title), title)
+    if METHODS[args.method] in synthetic:
+        inside.show_diagen(args, run, pipe, data, synthetic[METHODS[args.method]])
     return run.finish(result)
 
 

@@ -38,6 +38,7 @@ from transformers.hf_argparser import HfArg
 
 import common
 from common import require
+from digits import inside
 
 
 @dataclass
@@ -251,10 +252,10 @@ def invert_ddim(pipe, z0, s: Steps, text, guidance_scale: float, on_step=None) -
     """DDIM's inversion: the steps without noise, backwards from z_0 to z_T; equation (4) of `invert`."""
     z = z0
     for i in reversed(range(len(s.t))):
-        eps = predict_eps(pipe, z, s.t[i], s.previous[i], text, guidance_scale)
-        z = ddim_mean(z, eps, alpha=s.previous[i], previous=s.alpha[i], sigma=s.sigma[i])  # (4)
         if on_step is not None:
             on_step(i, s.t[i], {"z": z})
+        eps = predict_eps(pipe, z, s.t[i], s.previous[i], text, guidance_scale)
+        z = ddim_mean(z, eps, alpha=s.previous[i], previous=s.alpha[i], sigma=s.sigma[i])  # (4)
     return Inverted(z, torch.zeros(1, 1, 1, 1, 1, device=z.device).expand(len(s.t), *z.shape), s)
 
 
@@ -286,9 +287,8 @@ def invert(
     source_prompts: [B], by default empty
     rows: the number of rows of the U-Net's batches in (3)
     start_generators: draw z_T, by default `generators`; equal ones let several paths share it
-    on_step: called as on_step(i, t, values) for each step i, from t to t-1, with a dict: z, which is z_{t-1},
-        and noise, which is sigma_t xi_t; by "ddim", whose steps go backwards, z is z_t and the only value;
-        by "none", which follows no path, it is not called
+    on_step: called as on_step(i, t, values) for each step i, with a dict of z, which is z_{t-1}, and noise,
+        which is sigma_t xi_t; "ddim" goes through the steps backwards and has z alone, "none" has no path
     """
     prompts = source_prompts or [""] * len(images)
     # choice: guidance between two empty prompts changes nothing, so the second row is left out
@@ -784,6 +784,8 @@ def train(args: Args, run: common.Run, accelerator, data: common.Data, pool: Poo
         common.seed_everything(accelerator, args.seed, epoch)
         targets, labelled, weak = predict_targets(args, accelerator, model, pool, labels)
         run.log(images=len(real), pool=len(targets), **label_report(targets, labelled, pool))
+        if labels in ("amst", "head") and epoch in (0, args.epochs // 2, args.epochs - 1):
+            run.once(f"votes/{epoch + 1:03d}.pt", inside.votes, args, net, pool)
 
         # one pass over the pool, real images beside it
         model.train()
@@ -885,6 +887,7 @@ def run_once(args: Args, accelerator) -> dict:
     result[CLASSIFIERS[kinds[-1]]] |= {"generation": run.seconds.get("generating", 0.0)} | generated
     if pool:
         save_labels(run, folder, records, *labels, data.class_names, own=not args.synthetic)
+        inside.show_dreamda(args, run, data, pool)
     return run.finish(result)
 
 
