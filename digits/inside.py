@@ -58,17 +58,17 @@ def sheet(axes, rows: list[list], columns=(), labels=(), right=(), under: list[l
 
     columns, labels and right: texts above the columns, and left and right of the rows; under: below images
     """
-    high, wide = (
-        TILE + (4 if not under else 24 * (1 + max(t.count("\n") for row in under for t in row))),
-        TILE + 4,
-    )
+    lines = max((1 + text.count("\n") for texts in under for text in texts), default=0)
+    high, wide = TILE + 4 + 17 * lines, TILE + 4
     canvas = np.ones((len(rows) * high, max(map(len, rows)) * wide, 3))
     for r, row in enumerate(rows):
         for c, image in enumerate(row):
             if image is not None:
-                canvas[r * high : r * high + TILE, c * wide : c * wide + TILE] = tile(image)
+                y, x = r * high, c * wide
+                canvas[y : y + TILE + 2, x : x + TILE + 2] = 0.8  # a frame, as an image may be white
+                canvas[y + 1 : y + TILE + 1, x + 1 : x + TILE + 1] = tile(image)
     axes.imshow(canvas, interpolation="nearest")
-    middle = TILE / 2
+    middle = TILE / 2 + 1
     axes.set_xticks([c * wide + middle for c in range(len(columns))], columns)
     axes.set_yticks([r * high + middle for r in range(len(labels))], labels)
     axes.tick_params(length=0, labelsize=9, top=False, labeltop=True, bottom=False, labelbottom=False)
@@ -102,10 +102,11 @@ def distinct(keys, count: int) -> list[int]:
 
 @torch.no_grad()
 def oracle_reads(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The digits [N] and the settings [N] that the oracle reads in images [N, 3, 32, 32] in [0, 1]."""
+    """The digits [N] and the settings [N] that the oracle reads in images [N, 3, S, S] in [0, 1]."""
     from digits import judge
 
-    logits = torch.cat([judge.load_oracle()(part) for part in images.cpu().split(256)])
+    oracle, images = judge.load_oracle(), F.interpolate(images.cpu(), (32, 32), mode="area")
+    logits = torch.cat([oracle(part) for part in images.split(256)])
     digits, _, settings = logits.split(judge.HEADS, 1)
     return digits.argmax(1), settings.argmax(1)
 
@@ -508,7 +509,7 @@ def show_weights(args, synthetic, plain: common.Transform, figure) -> None:
     kinds = {"class right": (q[right], RIGHT), "class wrong": (q[~right], WRONG)}
     kinds = kinds if args.dataset == "digits" else {"images": (q, PLAIN)}
     values, colours = zip(*kinds.values(), strict=True)
-    axes.hist([v.numpy() for v in values], 20, (0, 1), stacked=True, color=colours, label=[*kinds])
+    axes.hist([v.numpy() for v in values], bins=20, range=(0, 1), stacked=True, color=colours, label=[*kinds])
     axes.axvline(0.5, color="k", linestyle=":", linewidth=1)
     axes.set(xlabel="confidence q (7); left of the dotted line the weight falls", ylabel="images")
     axes.xaxis.label.set_size(8)
