@@ -286,7 +286,8 @@ def show_dreamda(args, run, data, pool) -> None:
     answers = {int(f.stem): common.read_file(f) for f in sorted((run.path / "votes").glob("*.pt"))}
     if not to_draw(run) or (args.synthetic and not answers):
         return
-    parts = ([4.6] if not args.synthetic else []) + ([6.2] if answers else [])
+    rows = sum(1 + answer["votes"].shape[1] for answer in answers.values())
+    parts = ([4.6] if not args.synthetic else []) + ([3.2 + 0.2 * rows] if answers else [])
     figure = new_figure(sum(parts))
     blocks = figure.subfigures(len(parts), 1, squeeze=False, height_ratios=parts)[:, 0]
     if not args.synthetic:
@@ -355,7 +356,7 @@ def show_votes(args, run, data, pool, answers: dict[int, dict], figure) -> None:
     for epoch, answer in answers.items():
         for k, (vote, sure) in enumerate(zip(answer["votes"].T, answer["confidence"].T, strict=True)):
             rows.append((f"{'' if k else f'before epoch {epoch}, '}head {k + 1}", vote, sure))
-        rows.append(("label given (9)", torch.where(answer["accepted"], answer["label"], -1), None))
+        rows.append(("label given", torch.where(answer["accepted"], answer["label"], -1), None))
     rows.append(("source's label", source, None))
     if truth is not None:
         rows.append(("true class", truth, None))

@@ -290,8 +290,12 @@ SMALLER = {
 }
 
 
-def test_readme_has_six_experiments():
+def test_readme_has_six_experiments_and_names_tests_and_pictures_that_exist():
     assert len(COMMANDS) == 6
+    code = "".join(path.read_text(encoding="utf-8") for path in (common.ROOT / "tests").glob("test_*.py"))
+    named = re.findall(r"`(test_\w{9,})`", README)
+    assert len(named) == 9 and all(f"def {name}(" in code for name in named)
+    assert all((common.ROOT / path).exists() for path in re.findall(r"\((digits/[\w./]+)", README))
 
 
 @pytest.mark.parametrize("command", COMMANDS)
