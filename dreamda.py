@@ -37,7 +37,7 @@ from torch import nn
 from transformers.hf_argparser import HfArg
 
 import common
-from common import require
+from common import number, require
 from digits import inside
 
 
@@ -47,15 +47,15 @@ class Args(common.RunArgs):
 
     # inversion
     inversion: str = HfArg(default="cycle", help="cycle, ddim, or none, which is img2img with fresh noise")
-    paths: int | None = HfArg(default=None, help="paths of an image, used in turn; 0: one per variation")
-    strength: float = HfArg(default=0.8, help="share of the sampling steps that are inverted")
-    eta: float = HfArg(default=1.0, help="DDIM's eta; 1: every step carries noise, 0: none does")
+    paths: int | None = number("[0, 10000]", "paths of an image, used in turn; 0: one per variation")
+    strength: float = number("(0, 1]", "share of the sampling steps that are inverted", 0.8)
+    eta: float = number("[0, 1]", "DDIM's eta; 1: every step carries noise, 0: none does", 1.0)
     source_prompt: str = HfArg(default="", help="prompt of the inversion; {} stands for the class name")
-    source_guidance: float = HfArg(default=1.5, help="guidance scale of the inversion, if it has a prompt")
+    source_guidance: float = number("[0, 100]", "guidance scale of the inversion, if it has a prompt", 1.5)
     # perturbed sampling
-    variations: int | None = HfArg(default=None, help="M, number of variations of each training image")
+    variations: int | None = number("[1, 10000]", "M, number of variations of each training image")
     perturb: str = HfArg(default="bottleneck", help="bottleneck, mid_input, down, up, latents or none")
-    noise_scale: float | None = HfArg(default=None, help="s, scale of the noise on the features")
+    noise_scale: float | None = number("[0, 1000]", "s, scale of the noise on the features")
     relative_noise: bool | None = HfArg(default=None, help="measure s in standard deviations of the features")
     paired_noise: bool = HfArg(default=False, help="give both guidance rows of an image the same noise")
     synthetic: str | None = HfArg(default=None, help="use the images of this run folder, generate none")
@@ -63,13 +63,13 @@ class Args(common.RunArgs):
     labels: str = HfArg(
         default="amst", help="labels of synthetic images: amst, seed (their source's), head, soft or clip"
     )
-    heads: int = HfArg(default=4, help="number of auxiliary heads of AMST")
-    threshold: float | None = HfArg(default=None, help="tau, least confidence of a pseudo-label")
-    auxiliary_weight: float = HfArg(default=0.05, help="w_a, weight of L_aux")
-    orthogonality_weight: float = HfArg(default=0.1, help="w_o, weight of L_orth")
-    consistency_weight: float | None = HfArg(default=None, help="w_c, weight of L_cons")
-    synthetic_ratio: float = HfArg(default=2.0, help="synthetic images per real image in a batch")
-    unlabelled: int = HfArg(default=0, help="real images without labels, added to the synthetic ones")
+    heads: int = number("[2, 100]", "number of auxiliary heads of AMST", 4)
+    threshold: float | None = number("[0, 1]", "tau, least confidence of a pseudo-label")
+    auxiliary_weight: float = number("[0, 1000]", "w_a, weight of L_aux", 0.05)
+    orthogonality_weight: float = number("[0, 1000]", "w_o, weight of L_orth", 0.1)
+    consistency_weight: float | None = number("[0, 1000]", "w_c, weight of L_cons")
+    synthetic_ratio: float = number("(0, 100]", "synthetic images per real image in a batch", 2.0)
+    unlabelled: int = number("[0, 1e9]", "real images without labels, added to the synthetic ones", 0)
 
 
 SD15 = dict(
@@ -608,7 +608,7 @@ def records_of(args: Args, data: common.Data) -> list[dict]:
         name = data.class_names[y]
         record = {"file_name": f"{folders[y]}/{i:06d}-{k:02d}.png", "label": y, "class_name": name}
         record |= {"guide": data.train.name(i), "guide_index": i}
-        record |= {"prompt": args.prompt.format(name), "seed": [args.seed, i, k]}
+        record |= {"prompt": common.fill_prompt(args.prompt, name), "seed": [args.seed, i, k]}
         records.append(record)
     return records
 
@@ -630,7 +630,8 @@ def draw_variations(args: Args, run: common.Run, pipe, data: common.Data, record
         path = {j: (j // M, j % M % paths) for j in batch}
         inversions = sorted(set(path.values()))  # pairs of a source image and the number of its path
         images = torch.stack([real[i][0] for i, _ in inversions])
-        prompts = [args.source_prompt.format(records[i * M]["class_name"]) for i, _ in inversions]
+        names = [records[i * M]["class_name"] for i, _ in inversions]
+        prompts = [common.fill_prompt(args.source_prompt, name) for name in names]
         generators = [common.generator(args.seed, 1, i, k) for i, k in inversions]
         starts = [
             g if k == 0 or args.inversion == "none" else common.generator(args.seed, 1, i, 0)
@@ -836,10 +837,15 @@ def resolve(args: Args) -> Args:
     args = common.fill_recipe(args, RECIPES, "dreamda")
     common.check_choice("--labels", args.labels, [*CLASSIFIERS][1:])
     common.check_choice("--inversion", args.inversion, ["cycle", "ddim", "none"])
-    common.check_at_least(1, args, "variations")
-    common.check_at_least(0, args, "unlabelled", "paths")
-    require(args.labels != "amst" or args.heads >= 2, f"--heads {args.heads}: agreement needs at least 2")
     return args
+
+
+def plan_run(args: Args, records: int, real: int, kinds: list[str]) -> dict[str, str]:
+    """What a run will do, for Run.begin: records: synthetic images; real: real ones; kinds: of labels."""
+    plan = {"generating": f"{records} images"} if records and not args.synthetic else {}
+    pool = (records or real * args.variations) + args.unlabelled
+    steps = args.epochs * max(1, pool // pool_batch(args))
+    return plan | {CLASSIFIERS[kind]: f"{args.epochs} epochs, {steps} steps" for kind in kinds}
 
 
 def check(args: Args, accelerator, data: common.Data, pipe) -> None:
@@ -854,6 +860,9 @@ def check(args: Args, accelerator, data: common.Data, pipe) -> None:
     if args.labels == "clip":
         common.build_classifier("clip", data.class_names, args.image_size, clip=args.clip)
     if pipe is not None:
+        common.check_prompt(pipe, args.prompt, data.class_names, "--prompt")
+        if "{}" in args.source_prompt:
+            common.check_prompt(pipe, args.source_prompt, data.class_names, "--source_prompt")
         ddim_steps(pipe, args.steps, args.strength, args.eta)
         Perturbation(pipe.unet, args.perturb, args.noise_scale, [])
 
@@ -863,24 +872,25 @@ def run_once(args: Args, accelerator) -> dict:
     run = common.Run(args, accelerator)
     if result := run.result():
         return result
-    pipe, records, folder = None, [], Path(args.synthetic or args.out) / "synthetic"
+    pipe, records, kinds = None, [], ["none"]
+    folder = Path(args.synthetic or args.out) / "synthetic"
     with accelerator.main_process_first():  # it downloads what is missing
         data = common.data_of(args, unlabelled=args.unlabelled > 0)
         if not (args.real_only or args.synthetic):
-            pipe = common.load_pipeline(args.diffusion, accelerator.device)
+            pipe = common.load_pipeline(args.diffusion, accelerator.device, lora=args.lora)
     if not args.real_only:
         read = common.read_records
         records = read(folder, data.class_names) if args.synthetic else records_of(args, data)
+        kinds = list(dict.fromkeys([*(("none", "seed") if args.baseline else ()), args.labels]))
     check(args, accelerator, data, pipe)
-    run.begin()
+    run.begin(plan_run(args, len(records), len(data.train), kinds))
 
-    pool, generated, kinds, result = None, {}, ["none"], {}
+    pool, generated, result = None, {}, {}
     if pipe is not None:
         draw_variations(args, run, pipe, data, records)
         pipe = None  # frees its memory
     if not args.real_only:
         pool, generated["distances"] = make_pool(args, accelerator, data, folder, records)
-        kinds = list(dict.fromkeys([*(("none", "seed") if args.baseline else ()), args.labels]))
     for kind in kinds:
         scores, *labels = train(args, run, accelerator, data, pool if kind != "none" else None, kind)
         result[CLASSIFIERS[kind]] = scores | {"synthetic": len(records)}

@@ -216,7 +216,7 @@ def show_curves(axes, steps: Steps, gradient_steps: int, z_g, bank: list, p) -> 
         lines[0][title] = steps["gamma"][:, g], colour
         lines[1][title] = steps["gradient_norm"][:gradient_steps, g], colour
         lines[2][f"{'_' * g}the guide"] = (z - z_g[g].flatten()).norm(dim=1), f"{colour}--"
-        lines[2][f"{'_' * g}nearest in bank"] = torch.cdist(z, bank[g].flatten(1)).amin(1), colour
+        lines[2][f"{'_' * g}nearest in bank"] = torch.cdist(z, bank[g].float().flatten(1)).amin(1), colour
         lines[3][f"_{g}"] = p[:, g], colour
     titles = (
         r"$\gamma_i$ (5)",
@@ -304,7 +304,10 @@ def show_variations(args, run, data, figure) -> None:
     pipe, i = common.load_pipeline(args.diffusion, run.accelerator.device), len(data.train) // 2
     image, name = seen_by(pipe, data.train, args.square)[i][0], data.class_names[data.train.labels[i]]
     inverting = {"method": args.inversion} | {key: getattr(args, key) for key in dreamda.INVERT_ARGS}
-    inverting |= {"source_prompts": [args.source_prompt.format(name)], "rows": 2 * args.generation_batch_size}
+    inverting |= {
+        "source_prompts": [common.fill_prompt(args.source_prompt, name)],
+        "rows": 2 * args.generation_batch_size,
+    }
     varying = {key: getattr(args, key) for key in dreamda.VARY_ARGS}
     path, steps, rows, count = Steps(), Steps(), {}, min(6, args.generation_batch_size)
     generators = [common.generator(args.seed, KEY, i)]
@@ -313,7 +316,7 @@ def show_variations(args, run, data, figure) -> None:
         n = count if s else 1  # without noise all are alike
         generators = [common.generator(args.seed, KEY, i, k) for k in range(n)]
         options = varying | {"noise_scale": s, "on_step": steps if s == args.noise_scale else None}
-        sources, prompts = torch.zeros(n, dtype=torch.long), [args.prompt.format(name)] * n
+        sources, prompts = torch.zeros(n, dtype=torch.long), [common.fill_prompt(args.prompt, name)] * n
         drawn = decoded(pipe, dreamda.vary(pipe, inverted, sources, prompts, generators, **options))
         rows[f"s = {s:g}"] = [*drawn.expand(count, -1, -1, -1)]
 
@@ -326,7 +329,9 @@ def show_variations(args, run, data, figure) -> None:
     sheet(figure.add_subplot(grid[0, :]), top, ["source", *(columns[k] for k in shown)], ["path\n(1), (2)"])
     axes = figure.add_subplot(grid[1, 0])
     sheet(axes, [*rows.values()], labels=[*rows])
-    axes.set_title(f"{count} variations (6), {args.prompt.format(name)}", fontsize=9, parse_math=False)
+    axes.set_title(
+        f"{count} variations (6), {common.fill_prompt(args.prompt, name)}", fontsize=9, parse_math=False
+    )
 
     right, sigma = grid[1, 1].subgridspec(2, 1), inverted.steps.sigma.flatten().cpu()
     noise = inverted.noise[:, 0].flatten(1).norm(dim=1).cpu()
@@ -453,9 +458,9 @@ def show_tokens(args, run, pipe, data, records: list[dict], figure) -> None:
     tokens = [f"<inside|{k}>" for k in range(len(learned))]
     with diagen.NewTokens(pipe, tokens, torch.stack([row.to(pipe.device) for row in learned.values()])):
         pass
-    prompts = [args.prompt.format(token) for token in tokens]
+    prompts = [common.fill_prompt(args.prompt, token) for token in tokens]
     grown = [[image, *draw(prompts, 0 * z, 1.0, k)] for k, image in enumerate([*images[:3], None, None][:3])]
-    noisy = [args.prompt.format(f"<{folder}|{v}>") for v in range(len(args.sigmas))][:5]
+    noisy = [common.fill_prompt(args.prompt, f"<{folder}|{v}>") for v in range(len(args.sigmas))][:5]
     written = [re.sub(r"\|\d+>", "|0>", r["prompt"]) for r in records if r["label"] == y]
     written = list(dict.fromkeys(written))[:4]
 
@@ -483,18 +488,19 @@ def learn_again(args, run, pipe, names: list[str], images: torch.Tensor, y: int)
     import diagen
 
     if args.embeddings:
-        return {"learned": diagen.read_embeddings(Path(args.embeddings), names, pipe)[y]}
-    options, start = (
-        diagen.inversion_options(args),
+        return {"learned": diagen.read_embeddings(Path(args.embeddings), names, pipe, args.vectors)[y]}
+    start, steps = (
         diagen.initial_embeddings(pipe, [names[y]], args.initializer),
+        min(100, args.inversion_steps),
     )
-    steps, S = min(100, args.inversion_steps), [start[0]]
-    labels, options = torch.zeros(len(images), dtype=torch.long), options | {"steps": steps, "keys": [y]}
+    start = start[:, None].repeat(1, args.vectors, 1).squeeze(1)
+    options = diagen.inversion_options(args) | {"steps": steps, "keys": [y]}
+    labels, S = torch.zeros(len(images), dtype=torch.long), [start[0]]
     hook = {"on_step": lambda i, t, values: S.append(values["S"][0])}
     diagen.textual_inversion(pipe, images, labels, ["<inside>"], start, **options, **hook)
     learned = {f"{k} steps": S[k] for k in sorted({0, steps // 4, steps // 2, steps})}
     if args.inversion_steps > steps:
-        learned[f"{args.inversion_steps}"] = diagen.read_embeddings(run.path, names, pipe)[y]
+        learned[f"{args.inversion_steps}"] = diagen.read_embeddings(run.path, names, pipe, args.vectors)[y]
     return learned
 
 

@@ -5,7 +5,7 @@
     python tests/bench.py --batch_sizes 1 4 8   on a GPU: the full architecture of Stable Diffusion (2.1 for
                                                 ActGen, 1.5 for the others), random weights, bf16, 512x512
     python tests/bench.py --flops               counts the operations of an ActGen image, on any machine
-    python tests/bench.py --scale 10000 100000   AMST's targets for so many images of 1,000 classes
+    python tests/bench.py --scale 10000 100000  what grows with the data set, at so many images
 
 The calls of a table take turns, so that a change in the machine's load meets all of them. What is timed:
     ActGen     its most expensive setting: guide, attention mask, and both losses on for every image
@@ -14,7 +14,11 @@ The calls of a table take turns, so that a change in the machine's load meets al
 """
 
 import argparse
+import itertools
+import multiprocessing
+import resource
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -260,28 +264,92 @@ def time_method(calls: dict, b: int, rounds: int) -> None:
         print(f"| {b} | {name} | {values.median():.4f} | {ratio:.2f} | {peak} |")
 
 
-def measure_scale(counts: list[int]) -> None:
-    """Prints the time per image and the peak memory of AMST's targets, for data sets of growing size.
+# What grows with a data set, at n images of 1,000 classes. Images and latents are small and the classifier is
+# a stub, so that nothing else counts.
 
-    The images are tiny and the classifier is a stub: only what grows with the data set is left.
-    """
-    import resource
 
+def many_images(n: int) -> common.Images:
+    """n image files, which need not exist."""
+    return common.Images([Path(f"train/{i % 1000}/{i}.png") for i in range(n)], [i % 1000 for i in range(n)])
+
+
+def plan(n: int, folder: Path) -> None:
+    """ActGen holds out gen-val, and puts an epoch's images together and in order."""
+    data = common.Data([str(c) for c in range(1000)], many_images(n), many_images(0))
+    real, gen_val = actgen.hold_out(actgen.resolve(actgen.Args(dataset="imagenet", genval_share=0.1)), data)
+    loader = common.Loader(real + gen_val, 256, common.make_accelerator(), samples=n).shuffle(0)
+    assert sum(1 for _ in loader.batches.batch_sampler) == n // 256
+
+
+def metadata(n: int, folder: Path) -> None:
+    """DreamDA's records of a variation of each image are made, looked for, written, and read again."""
+    data = common.Data([str(c) for c in range(1000)], many_images(n), many_images(0))
+    records = dreamda.records_of(dreamda.resolve(dreamda.Args(dataset="imagenet")), data)
+    run = common.Run(argparse.Namespace(out=folder, overwrite=False), common.make_accelerator())
+    next(run.missing("drawing", [folder / record["file_name"] for record in records], 10))
+    for record in records:
+        record["file_name"] = "metadata.jsonl"  # a file that exists
+    run.write("metadata.jsonl", records)
+    assert common.read_records(folder, data.class_names) == records
+
+
+def bank(n: int, folder: Path) -> None:
+    """ActGen's variants enter training images and memory bank in 65 epochs; a batch of each draws of it."""
+    run, synthetic = argparse.Namespace(path=folder), actgen.Synthetic(None)
+    common.write_file(folder / "latents" / "0.pt", torch.zeros(4, 16, 16, dtype=torch.float16))
+    for epoch in range(65):
+        rows = range(epoch * n // 65, (epoch + 1) * n // 65)
+        synthetic.add(run, [dict(file_name="0.png", label=i % 1000, guided=True) for i in rows], 224)
+        labels = torch.arange(8)
+        actgen.draw_banks(synthetic.bank, labels, labels >= 0, generators(8), "cpu")
+    assert sum(map(len, synthetic.bank.values())) == n
+
+
+def targets(n: int, folder: Path) -> None:
+    """AMST labels n images by four heads."""
     from PIL import Image
 
     class Stub(torch.nn.Module):
         def forward(self, x):
             return x.mean((1, 2, 3)).view(-1, 1, 1) * torch.linspace(0, 50, 1000).expand(5, -1)
 
-    args = dreamda.resolve(dreamda.Args(dataset="imagenet"))
-    accelerator, to_tensor = common.make_accelerator(), common.make_transforms(8, "none")[1]
-    print("| images | ms/image | peak memory, GiB |\n|---|---|---|")
-    for n in sorted(counts):
-        images = common.Images([Image.new("RGB", (8, 8), (200, 100, 50))] * n, [0] * n, to_tensor)
-        pool, clock = dreamda.Pool(images, torch.zeros(n, dtype=torch.long)), time.perf_counter()
-        dreamda.predict_targets(args, accelerator, Stub(), pool, "amst")
-        seconds, peak = time.perf_counter() - clock, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        print(f"| {n} | {1000 * seconds / n:.2f} | {peak / 2**20:.1f} |", flush=True)
+    args, to_tensor = dreamda.resolve(dreamda.Args(dataset="imagenet")), common.make_transforms(8, "none")[1]
+    images = common.Images([Image.new("RGB", (8, 8), (200, 100, 50))] * n, [0] * n, to_tensor)
+    pool = dreamda.Pool(images, torch.zeros(n, dtype=torch.long))
+    args.workers = 0
+    dreamda.predict_targets(args, common.make_accelerator(), Stub(), pool, "amst")
+
+
+SCALE = {"planning": plan, "metadata": metadata, "memory bank": bank, "AMST's targets": targets}
+
+
+def cost(task, n: int) -> tuple[float, float]:
+    """The CPU seconds of task(n), and the bytes by which it lifts the peak memory of a process of its own."""
+
+    def measured(pipe):
+        with tempfile.TemporaryDirectory() as folder:
+            torch.set_num_threads(1)
+            before, clock = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+            task(n, Path(folder))
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            pipe.send((time.process_time() - clock, 1024 * (peak - before)))
+
+    context = multiprocessing.get_context("fork")
+    mine, its = context.Pipe(duplex=False)
+    process = context.Process(target=measured, args=(its,))
+    process.start()
+    its.close()
+    return mine.recv()
+
+
+def measure_scale(counts: list[int]) -> None:
+    """Prints the time and the memory per image of each of SCALE, for data sets of growing size."""
+    print("| what | images | µs/image | peak memory, GiB | bytes/image |\n|---|---|---|---|---|")
+    for (name, task), n in itertools.product(SCALE.items(), counts):
+        seconds, peak = cost(task, n)
+        print(
+            f"| {name} | {n:,} | {1e6 * seconds / n:.0f} | {peak / 2**30:.2f} | {peak / n:.0f} |", flush=True
+        )
 
 
 def main() -> None:
@@ -291,9 +359,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="number of times that each call is timed")
     parser.add_argument("--steps", type=int, help="sampling steps; by default the method's own")
     parser.add_argument("--flops", action="store_true", help="count operations instead")
-    parser.add_argument(
-        "--scale", type=int, nargs="+", help="measure AMST's targets for so many images instead"
-    )
+    parser.add_argument("--scale", type=int, nargs="+", help="measure what grows with so many images instead")
     options = parser.parse_args()
     if options.flops:
         return count_flops()

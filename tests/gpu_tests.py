@@ -4,7 +4,9 @@ On the pretend GPU everything has to give what it gives on the CPU, up to roundi
 for the device more often than it must.
 """
 
+import gc
 import math
+import weakref
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,6 +14,8 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, PartialState
 from PIL import Image
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import actgen
 import common
@@ -177,7 +181,7 @@ def test_the_memory_bank(pipe, on_gpu, engine, sources, tmp_path):
         records = [dict(file_name=f"{i}.png", label=int(y), guided=True) for i, y in enumerate(sources[1])]
         run.keep(out.images, [run.path / "synthetic" / r["file_name"] for r in records], out.latents)
         synthetic.add(run, records, 32)
-        assert {latents.device.type for latents in synthetic.bank.values()} == {"cpu"}
+        assert {z.device.type for latents in synthetic.bank.values() for z in latents} == {"cpu"}
         images.append(np.stack(synthetic.images.sources).astype(int))
         again.append(guided(generator, sources, bank=synthetic.bank, adversarial_weight=0.0).images)
     assert np.abs(images[0] - images[1]).max() <= 1
@@ -454,3 +458,57 @@ def test_textual_inversion_in_bf16(sources):
     _, half, _, pipe = invert_text("cpu", sources, dtype=torch.bfloat16)
     assert half.dtype == torch.float32 and pipe.text_encoder.dtype == torch.bfloat16
     assert torch.cosine_similarity((full - start).flatten(), (half - start).flatten(), dim=0) > 0.8
+
+
+# --- the language model
+
+
+def save_tiny_llm(folder):
+    """Saves an untrained Llama with a tokenizer of bytes, whose answers hold no prompts."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(special_tokens=["<end>"], initial_alphabet=alphabet, show_progress=False)
+    bpe.train_from_iterator([], trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<end>", eos_token="<end>")
+    tokenizer.chat_template = "{% for turn in messages %}{{ turn.content }}{% endfor %}"
+    tokenizer.save_pretrained(folder)
+    config = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    LlamaForCausalLM(LlamaConfig(**config, vocab_size=len(tokenizer))).save_pretrained(folder)
+
+
+def test_the_language_model_is_never_in_memory_beside_the_generator(engine, data, tmp_path, monkeypatch):
+    """The generator leaves the GPU before the language model is loaded, and returns when that is gone."""
+    save_tiny_llm(tmp_path / "llm")
+    pipe, events = common.load_pipeline(common.DIGITS_SD, GPU), []
+    parts = (pipe.unet, pipe.vae, pipe.text_encoder)
+    load, to = AutoModelForCausalLM.from_pretrained, pipe.to
+
+    def load_llm(*args, **options):
+        events.append(("language model loaded", {part.device.type for part in parts}))
+        weakref.finalize(llm := load(*args, **options), events.append, "language model gone")
+        return llm
+
+    def move(device):
+        events.append(("generator moves to", torch.device(device).type))
+        return to(device)
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", load_llm)
+    monkeypatch.setattr(pipe, "to", move)
+    monkeypatch.setattr(diagen, "draw_variations", lambda *_: None)
+    gc.disable()  # it has to be gone without the help of chance
+    try:
+        args = diagen.resolve(diagen.Args(method="real_guidance", llm=str(tmp_path / "llm")))
+        args.out, args.prompts, args.prompts_per_class = str(tmp_path / "run"), "llm", 1
+        run = common.Run(args, engine(GPU))
+        records = diagen.synthesize(args, run, pipe, data, tmp_path / "synthetic")
+    finally:
+        gc.enable()
+    assert records[0]["prompt"] == f"a photo of a {records[0]['class_name']}"
+    assert events == [
+        ("generator moves to", "cpu"),
+        ("language model loaded", {"cpu"}),
+        "language model gone",
+        ("generator moves to", GPU.type),
+    ]
+    assert {part.device.type for part in parts} == {GPU.type}

@@ -250,12 +250,12 @@ def check_ladder(script, out, seeds):
     ladder = json.loads((out / "ladder.json").read_text())
     rows = [line.split(" | ") for line in (out / "ladder.md").read_text().splitlines()[4:]]
     assert [row[0].removeprefix("| ") for row in rows] == list(script.LADDER)
-    for split, accuracies in ladder["top1"].items():
-        column = 1 + 2 * list(ladder["top1"]).index(split)
-        for row, (rung, values) in zip(rows, accuracies.items(), strict=True):
+    for key, (i, split) in itertools.product(("top1", "class_mean"), enumerate(ladder["top1"])):
+        column = 1 + 3 * i + 2 * (key == "class_mean")
+        for row, (rung, values) in zip(rows, ladder[key][split].items(), strict=True):
             folders = [out / f"{common.slug(rung)}-s{seed}" for seed in seeds]
             results = [json.loads((folder / "result.json").read_text()) for folder in folders]
-            assert values == [100 * list(result.values())[-1][split]["top1"] for result in results]
+            assert values == [100 * list(result.values())[-1][split][key] for result in results]
             assert row[column].startswith(f"{np.mean(values):.1f} ± ")
     assert set(ladder["top1"]) == {"test", "test_ood", "val"}
     return ladder

@@ -1,6 +1,7 @@
 """ActGen's properties, against stock diffusers, closed forms, true masks and the oracle."""
 
 import math
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -313,7 +314,7 @@ def test_a_released_step_moves_each_channel_by_nu():
 
 
 def test_only_guided_images_enter_the_memory_bank(tmp_path):
-    """In half precision, each to its class."""
+    """Each enters that of its class."""
     records = [
         dict(label=y, guided=g, file_name=f"{i}.png")
         for i, (y, g) in enumerate([(3, 1), (3, 0), (5, 1), (3, 1)])
@@ -321,14 +322,11 @@ def test_only_guided_images_enter_the_memory_bank(tmp_path):
     for i in range(4):
         common.write_file(tmp_path / "latents" / f"{i}.pt", torch.full((4, 2, 2), float(i)))
         common.save_png(torch.full((3, 8, 8), i / 8), tmp_path / "synthetic" / f"{i}.png")
-    written = {}
-    run = SimpleNamespace(path=tmp_path, write=written.__setitem__)
-    synthetic = actgen.Synthetic(None)
+    run, synthetic = SimpleNamespace(path=tmp_path), actgen.Synthetic(None)
     for part in (records[:3], records[3:]):
         synthetic.add(run, part, 8)
-    assert {y: b[:, 0, 0, 0].tolist() for y, b in synthetic.bank.items()} == {3: [0, 3], 5: [2]}
-    assert synthetic.bank[3].dtype == torch.float16
-    assert synthetic.images.labels == [3, 3, 5, 3] and written["synthetic/metadata.jsonl"] == records
+    assert {y: [z[0, 0, 0] for z in bank] for y, bank in synthetic.bank.items()} == {3: [0, 3], 5: [2]}
+    assert synthetic.images.labels == [3, 3, 5, 3] and synthetic.records == records
     assert [image.getpixel((0, 0))[0] for image in synthetic.images.sources] == [0, 32, 64, 96]
 
 
@@ -535,3 +533,100 @@ def test_the_images_to_draw_are_named_and_the_mistakes_counted(digits):
             and gen_val.labels[record["guide_index"]] == record["label"]
         )
         assert record["guide"] == (f"#{record['guide_index']}" if record["guided"] else None)
+
+
+# --- the paper's experiments
+
+
+def told(monkeypatch, *words):
+    """The arguments of a command line, resolved."""
+    got = []
+    monkeypatch.setattr(sys, "argv", ["actgen.py", *words])
+    monkeypatch.setitem(sys.modules, "__main__", actgen)
+    common.cli(got.append, actgen.Args, actgen.RECIPES)
+    return actgen.resolve(got[0])
+
+
+SGD, ADAMW = ("sgd", 0.1, 1e-4), ("adamw", 1e-3, 0.05)
+
+
+@pytest.mark.parametrize(
+    "dataset, classifier, epochs, batch_size, optimizer, warmup, smooth, synthetic",
+    [
+        ("cifar10", "resnet50", 300, 128, SGD, 0, (0.0, False), 9_600),
+        ("cifar100", "vgg16_bn", 300, 128, SGD, 0, (0.0, False), 9_600),
+        ("imagenet", "resnet50", 130, 256, SGD, 5, (0.1, False), 133_120),
+        ("imagenet", "resnet152", 130, 256, SGD, 5, (0.1, False), 133_120),
+        ("imagenet", "vit_small_patch16_224", 300, 1024, ADAMW, 20, (0.1, True), 76_800),
+        ("imagenet", "deit_base_patch16_224", 300, 1024, ADAMW, 20, (0.1, True), 76_800),
+        ("pets", "vit_small_patch16_224", 100, 64, ("sgd", 0.01, 1e-4), 0, (0.0, False), 3_200),
+    ],
+)
+def test_a_classifier_has_the_recipe_of_its_experiment(
+    dataset, classifier, epochs, batch_size, optimizer, warmup, smooth, synthetic, monkeypatch
+):
+    """The same from a command line and from Python; the counts are the paper's 9.6 K, 0.13 M and 0.08 M."""
+    args = told(monkeypatch, "--dataset", dataset, "--classifier", classifier)
+    assert args == actgen.resolve(actgen.Args(dataset=dataset, classifier=classifier))
+    assert (args.epochs, args.batch_size) == (epochs, batch_size)
+    assert (args.optimizer, args.lr, args.weight_decay) == optimizer
+    assert args.warmup * epochs == pytest.approx(warmup)
+    assert (args.label_smoothing, args.mixup) == smooth
+    assert epochs // 2 * args.images_per_epoch == synthetic
+
+
+def test_a_given_argument_wins_over_the_classifiers_recipe_which_help_shows(monkeypatch, capsys):
+    words = ["--classifier", "vit_small_patch16_224", "--dataset=imagenet"]
+    args = told(monkeypatch, *words, "--lr", "0.1", "--mixup", "false")
+    assert (args.lr, args.mixup, args.epochs) == (0.1, False, 300)
+    with pytest.raises(SystemExit):
+        told(monkeypatch, *words, "--help")
+    assert "training epochs (default: 300)" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(
+    "name, classes, size, parameters",  # as published by torchvision and timm; by the usual CIFAR code
+    [
+        ("resnet50", 1000, 224, 25_557_032),
+        ("resnet152", 1000, 224, 60_192_808),
+        ("vit_small_patch16_224", 1000, 224, 22_050_664),
+        ("deit_base_patch16_224", 1000, 224, 86_567_656),
+        ("resnet50", 10, 32, 23_520_842),
+        ("resnet152", 10, 32, 58_156_618),
+        ("vgg16_bn", 10, 32, 14_728_266),
+    ],
+)
+def test_the_papers_classifiers_are_the_usual_architectures(name, classes, size, parameters):
+    with torch.device("meta"):
+        model = common.build_classifier(name, [str(c) for c in range(classes)], size).eval()
+        assert model(torch.zeros(2, 3, size, size)).shape == (2, classes)
+    assert sum(p.numel() for p in model.parameters()) == parameters
+
+
+def test_soft_labels_smooth_as_torch_does_and_mix_as_the_images():
+    logits, y = torch.randn(16, 5), torch.arange(16) % 5
+    x = y.float().view(-1, 1, 1, 1).expand(-1, 3, 32, 32).clone()  # an image shows the number of its class
+    args = actgen.resolve(actgen.Args(label_smoothing=0.1))
+    ((same, smooth),) = actgen.soft_labels(args, [(x, y)], 5)
+    assert torch.equal(same, x)
+    expected = F.cross_entropy(logits, y, label_smoothing=0.1)
+    assert torch.allclose(F.cross_entropy(logits, smooth), expected, atol=1e-6)
+    args = actgen.resolve(actgen.Args(mixup=True))
+    flat = 0
+    for mixed, label in actgen.soft_labels(args, [(x, y)] * 40, 5):
+        assert torch.allclose(label.sum(1), torch.ones(16), atol=1e-5) and not torch.equal(mixed, x)
+        assert torch.allclose(label @ torch.arange(5.0), mixed.mean((1, 2, 3)), atol=1e-3)
+        flat += mixed.flatten(1).std(1).max().item() < 1e-4  # MixUp leaves an image without edges
+    assert 5 < flat < 35
+
+
+def test_accuracy_in_training_counts_the_greatest_share_of_a_mixed_label():
+    model = torch.nn.Linear(5, 5)
+    torch.nn.init.eye_(model.weight).requires_grad_(False)
+    y = torch.tensor([[0.6, 0.4, 0, 0, 0], [0.0, 0.3, 0.7, 0, 0]])
+    batches = [(10 * F.one_hot(torch.tensor([0, 1]), 5).float(), y)]
+    optimizer = torch.optim.SGD(model.parameters(), 0.0)
+    with torch.no_grad():
+        model.bias.zero_()
+    out = common.train_epoch(model, batches, optimizer, lambda _: 0.0, common.make_accelerator())
+    assert out["accuracy"] == 0.5

@@ -821,10 +821,9 @@ def test_require_raises_its_message_unless_the_condition_holds():
             common.require(false, "no")
 
 
-def test_a_value_below_the_least_or_an_unknown_choice_is_named():
-    args = common.RunArgs(epochs=1, batch_size=0)
-    with pytest.raises(common.UserError, match="^--batch_size 0 must be at least 1$"):
-        common.check_at_least(1, args, "epochs", "batch_size")
+def test_a_number_outside_of_its_range_or_an_unknown_choice_is_named():
+    with pytest.raises(common.UserError, match=r"^--batch_size 0 must lie in \[1, 1e6\]$"):
+        common.check_numbers(common.RunArgs(epochs=1, batch_size=0))
     with pytest.raises(common.UserError, match="unknown dataset 'cats'; choose one of: digits, cifar10$"):
         common.check_choice("dataset", "cats", RECIPES)
 

@@ -8,11 +8,12 @@ Every classifier is the small CNN with the weights that digits/pretrain.py learn
 learns, for about 600 steps of AdamW at a learning rate of 1e-3. A method makes --images synthetic images for
 each draw of real ones.
 
-Random text-to-image, Real Guidance, DA-Fusion, and DreamDA without AMST differ in their images alone. A step
-takes 16 real images, as the training without synthetic images does, and 32 synthetic ones. ActGen, DreamDA
-and DIAGen train as their papers say. ActGen has 40 epochs, and the batch size that makes them about 600
-steps. DIAGen draws 48 images a step, of which two in three are synthetic, and its classifier is the best of
-30 epochs on the validation split.
+CutMix (Yun et al. 2019), label smoothing and RandAugment need no generator: what any user would try first.
+Real Guidance and DA-Fusion run as published and at DIAGen's settings. They, random text-to-image, and DreamDA
+without AMST differ in their images alone. A step takes 16 real images, as the training without synthetic
+images does, and 32 synthetic ones. ActGen, DreamDA and DIAGen train as their papers say. ActGen has 40
+epochs, and the batch size that makes them about 600 steps. DIAGen draws 48 images a step, of which two in
+three are synthetic, and its classifier is the best of 30 epochs on the validation split.
 
 The seconds in the table are medians. Those of generation leave out Textual Inversion, because DA-Fusion and
 DIAGen share their tokens. A run is kept in --out and never repeated, so the command goes on where it was
@@ -22,10 +23,13 @@ compare.md and, for several numbers of images, the figure compare.png are writte
 
 import math
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 from transformers.hf_argparser import HfArg
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -34,10 +38,10 @@ import actgen  # noqa: E402
 import common  # noqa: E402
 import diagen  # noqa: E402
 import dreamda  # noqa: E402
-from digits import judge  # noqa: E402
+from digits import judge, world  # noqa: E402
 
 STEPS, REAL, SYNTHETIC = 600, 16, 32  # training steps; real and synthetic images of a batch
-PLAIN = "real images alone"
+PLAIN, TEXT = "real images alone", "random text-to-image"
 BASE = "standard augmentation"  # gains are differences to its accuracy, seed by seed
 SHARED = dict(
     dataset="digits", classifier="small_cnn", pretrained=True, optimizer="adamw", lr=1e-3, baseline=False
@@ -52,6 +56,8 @@ class Args:
     images: list[int] = HfArg(default_factory=lambda: [640], help="synthetic images, all classes together")
     seeds: int = HfArg(default=5, help="number of seeds")
     first_seed: int = HfArg(default=0, help="the first of the seeds")
+    style: float = HfArg(default=world.STYLE, help="the target's style, 0 to 1")
+    diffusion: str = HfArg(default=common.DIGITS_SD, help="folder of the generator")
     out: str = HfArg(default="runs/compare", help="folder of the runs and the tables")
 
 
@@ -61,28 +67,58 @@ def run(script, out: Path, **arguments) -> dict:
     return list(script.run_once(args, common.make_accelerator()).values())[-1]
 
 
-def methods(k: int, images: int, seed: int, out: Path) -> dict:
-    """Runs every method on k real images per class.
+def train_by_formula(name: str, out: Path, **arguments) -> dict:
+    """The scores of a classifier that is trained on the real images alone, with CutMix or label smoothing."""
+    from torchvision.transforms.v2 import CutMix
+
+    if not (out / "result.json").exists():
+        args = dreamda.resolve(dreamda.Args(**SHARED | arguments, out=str(out)))
+        accelerator, data = common.make_accelerator(), common.data_of(args)
+        net, model, optimizer = common.new_classifier(args, accelerator, data.class_names)
+        loader = common.Loader(data.train, REAL, accelerator, samples=STEPS * REAL).shuffle(args.seed, 0)
+        cutmix, clock = CutMix(num_classes=len(data.class_names)), time.time()
+        for step, (x, y) in enumerate(loader):
+            if name == "CutMix":
+                x, y = cutmix(x, y)
+            for group in optimizer.param_groups:
+                group["lr"] = args.lr * common.cosine(step / STEPS, args.warmup)
+            smoothing = 0.1 if name == "label smoothing" else 0.0
+            loss = F.cross_entropy(model(x), y, label_smoothing=smoothing)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        seconds = {"training": time.time() - clock}
+        common.write_file(out / "result.json", common.evaluate(net, data, accelerator) | seconds)
+    return common.read_file(out / "result.json")
+
+
+def methods(k: int, images: int, seed: int, out: Path, **dials) -> dict:
+    """Runs every method on k real images per class, in the world of the dials (style, diffusion).
 
     Returns, by name, (scores, folder of the synthetic images or None, seconds of generation).
     """
-    draw = dict(seed=seed, examples_per_class=k)
+    draw = dict(seed=seed, examples_per_class=k, **dials)
     M = max(1, images // (10 * k))  # variations of a real image
     epochs = STEPS // math.ceil(10 * k * M / SYNTHETIC)
     plain = draw | dict(variations=M, batch_size=REAL, eval_every=1000, epochs=epochs)
 
     # without synthetic images
     found = {}
-    for name, changes in {PLAIN: dict(augment="none"), BASE: {}}.items():
-        found[name] = run(dreamda, out / name, **plain, real_only=True, **changes), None, 0.0
+    for name, augment in {PLAIN: "none", BASE: "digits", "RandAugment": "digits+randaugment"}.items():
+        found[name] = run(dreamda, out / name, **plain, real_only=True, augment=augment), None, 0.0
+    for name in ("CutMix", "label smoothing"):
+        torch.manual_seed(seed)
+        found[name] = train_by_formula(name, out / name, **plain), None, 0.0
     if not images:
         return found
 
     # methods that differ in their images alone: DIAGen's script makes them, DreamDA's trains on them
     for name, changes in {
-        "random text-to-image": dict(method="real_guidance", strength=[1.0]),
+        TEXT: dict(method="real_guidance", strength=[1.0]),
+        "Real Guidance, as published": dict(method="real_guidance_published"),
         "Real Guidance": dict(method="real_guidance"),
         "DA-Fusion": dict(method="da_fusion"),
+        "DA-Fusion, as published": dict(method="da_fusion_published", embeddings=out / "DA-Fusion, images"),
     }.items():
         source = out / f"{name}, images"
         made = run(diagen, source, **draw, variations=M, epochs=1, iterations=1, **changes)
@@ -104,32 +140,32 @@ def methods(k: int, images: int, seed: int, out: Path) -> dict:
     found["DreamDA"] = amst, out / name / "synthetic", scores["generation"]
 
     # DIAGen, with DA-Fusion's tokens
-    options = dict(variations=M, epochs=30, iterations=STEPS // 30, frozen=False)
+    options = dict(variations=M, epochs=30, iterations=STEPS // 30)
     options |= dict(batch_size=REAL + SYNTHETIC, synthetic_probability=SYNTHETIC / (REAL + SYNTHETIC))
     scores = run(diagen, out / "DIAGen", **draw, **options, embeddings=str(out / "DA-Fusion, images"))
     found["DIAGen"] = scores, out / "DIAGen" / "synthetic", scores["generation"]
     return found
 
 
-def distances(folder: Path) -> dict[str, float]:
-    """FID, KID, precision and recall of a folder's images against the real test images; see judge."""
-    accelerator, data = common.make_accelerator(), common.load_data("digits", "", 32, "none")
+def distances(folder: Path, style: float) -> dict[str, float]:
+    """The distances of a folder's images to the real test images; see judge.distances_to_test."""
+    accelerator, data = common.make_accelerator(), common.load_data("digits", "", 32, "none", style=style)
     records = common.read_records(folder, data.class_names)
     files, labels = [folder / r["file_name"] for r in records], [r["label"] for r in records]
     images = common.Images(files, labels, data.test.transform)
     return judge.distances_to_test(images, data, accelerator)[0]
 
 
-def results_of(k: int, images: int, seed: int, folder: Path) -> dict[str, dict]:
+def results_of(k: int, images: int, seed: int, folder: Path, **dials) -> dict[str, dict]:
     """The numbers of a seed's runs, by method: accuracies in %, distances, seconds."""
     results = {}
-    for name, (scores, synthetic, generation) in methods(k, images, seed, folder).items():
+    for name, (scores, synthetic, generation) in methods(k, images, seed, folder, **dials).items():
         result = {split: 100 * scores[split]["top1"] for split in ("test", "test_ood")}
         result |= {"generation": generation, "training": scores["training"]}
         if synthetic:
             file = folder / f"{name}, distances.json"
             if not file.exists():
-                common.write_file(file, distances(synthetic))
+                common.write_file(file, distances(synthetic, dials["style"]))
             result |= common.read_file(file)
         results[name] = result
     return results
@@ -141,7 +177,8 @@ def main(args: Args) -> None:
         for images in args.images:
             for seed in range(args.first_seed, args.first_seed + args.seeds):
                 folder = out / f"{k}-per-class-{images}-images-s{seed}"
-                for name, result in results_of(k, images, seed, folder).items():
+                dials = dict(style=args.style, diffusion=args.diffusion)
+                for name, result in results_of(k, images, seed, folder, **dials).items():
                     rows.setdefault((k, images, name), []).append(result)
     listed = [dict(per_class=k, images=n, method=name, runs=runs) for (k, n, name), runs in rows.items()]
     common.write_file(out / "compare.json", listed)
@@ -158,7 +195,7 @@ def table(rows: dict, k: int, images: int) -> list[str]:
     rows[k, images, method]: the results of the seeds; see results_of
     """
     found = {name: runs for (of, n, name), runs in rows.items() if (of, n) == (k, images)}
-    columns = "method, test, gain, test_ood, gain, FID, precision, recall, generation (s), training (s)"
+    columns = "method, test, gain, test_ood, gain, FID, precision, recall, right digit, generation, training"
     columns = columns.split(", ")
     lines = [f"\n{k} real images per class, {images} synthetic ones, {len(found[BASE])} seeds\n"]
     lines += [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
@@ -168,7 +205,7 @@ def table(rows: dict, k: int, images: int) -> list[str]:
             values, base = ([run[split] for run in found[m]] for m in (name, BASE))
             gain = common.interval_text(np.subtract(values, base), "+") if name != BASE else ""
             cells += [common.interval_text(values), gain]
-        for key, digits in (("fid", 1), ("precision", 2), ("recall", 2)):
+        for key, digits in (("fid", 1), ("precision", 2), ("recall", 2), ("oracle", 2)):
             cells.append(f"{np.mean([run[key] for run in runs]):.{digits}f}" if key in runs[0] else "")
         cells += [f"{np.median([run[key] for run in runs]):.0f}" for key in ("generation", "training")]
         lines.append(f"| {' | '.join(cells)} |")

@@ -1,0 +1,121 @@
+"""Maps when each method pays: its gain over how well the generator knows the classes, the style, the digits.
+
+    python digits/experiments/map.py                 hours; a run is kept and never repeated
+    python digits/experiments/map.py --seeds 1 --confusions 0 0.45 --styles 0 0.65 --varieties
+
+A cell of the map is a world: a generator whose captions name the look-alike with probability p (confusion),
+and a target that differs from its images by the strength g (style). For every cell compare.py's methods run
+on 16 real images per class. A row of further cells has generators that have seen fewer digits (variety), at
+the confusion of digits/sd_confused. Generators that are missing are trained by pretrain.py, in ten minutes
+for another confusion and in an hour and a half for another variety.
+
+Writes to --out: map.json, with the share of right digits of text-to-image, its FID, and the gains; map.png, a
+heat map of the gain over standard augmentation for each method, and map.md.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from transformers.hf_argparser import HfArg
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import common  # noqa: E402
+from digits import judge, pretrain  # noqa: E402
+from digits.experiments import compare  # noqa: E402
+
+CONFUSED = str(judge.FOLDER / "sd_confused")
+
+
+@dataclass
+class Args:
+    """The worlds of the map."""
+
+    confusions: list[float] = HfArg(default_factory=lambda: [0.0, 0.4, 0.45], help="p, one row for each")
+    styles: list[float] = HfArg(default_factory=lambda: [0.0, 0.65, 1.0], help="g, one column for each")
+    varieties: list[int] = HfArg(
+        default_factory=lambda: [898, 300, 100], help="digits the generator has seen"
+    )
+    images: int = HfArg(default=320, help="synthetic images")
+    seeds: int = HfArg(default=3, help="number of seeds")
+    first_seed: int = HfArg(default=0, help="the first of the seeds")
+    out: str = HfArg(default="runs/map", help="folder of the generators, the runs and the map")
+
+
+def generator_of(confusion: float, variety: int, out: Path) -> str:
+    """The folder of the generator of these dials, trained if it is missing."""
+    if (confusion, variety) == (0, 898):
+        return common.DIGITS_SD
+    if (confusion, variety) == (0.45, 898):
+        return CONFUSED
+    folder = out / f"sd-p{confusion:g}-v{variety}"
+    if not (folder / "sd" / "model_index.json").exists():
+        dials = dict(confusion=confusion, folder=str(folder), out=str(folder / "training"))
+        if confusion:  # right captions come first: from confused ones alone the names are learned too slowly
+            dials |= dict(start=generator_of(0, variety, out), steps=2000, lr=7e-4)
+        pretrain.main(pretrain.Args(variety=variety, **dials))
+    return str(folder / "sd")
+
+
+def gains(args: Args, confusion: float, style: float, variety: int, out: Path) -> dict[str, dict]:
+    """For each method, its gains on each split over standard augmentation, a number for each seed.
+
+    Of random text-to-image also the share of right digits, and the FID.
+    """
+    dials, found = dict(style=style, diffusion=generator_of(confusion, variety, out)), {}
+    for seed in range(args.first_seed, args.first_seed + args.seeds):
+        folder = out / f"p{confusion:g}-g{style:g}-v{variety}-s{seed}"
+        results = compare.results_of(16, args.images, seed, folder, **dials)
+        for name, result in results.items():
+            entry = found.setdefault(name, {})
+            for split in ("test", "test_ood"):
+                entry.setdefault(split, []).append(result[split] - results[compare.BASE][split])
+            for key in ("oracle", "fid"):
+                entry.setdefault(key, []).append(result.get(key))
+    return found
+
+
+def draw(cells: dict, rows: list, columns: list, path: Path, names: tuple[str, str]) -> None:
+    """Draws a heat map of each method's mean gain for each split; cells[row, column]: see gains."""
+    from matplotlib.figure import Figure
+
+    methods = [m for m in next(iter(cells.values())) if m not in (compare.PLAIN, compare.BASE)]
+    figure = Figure(figsize=(2.1 * len(methods), 5.2), layout="constrained")
+    for axes, (split, method) in zip(
+        figure.subplots(2, len(methods)).flat,
+        [(s, m) for s in ("test", "test_ood") for m in methods],
+        strict=True,
+    ):
+        values = [[np.mean(cells[r, c][method][split]) for c in columns] for r in rows]
+        limit = 10 if split == "test" else 30
+        axes.imshow(values, cmap="RdBu", vmin=-limit, vmax=limit)
+        for (i, j), value in np.ndenumerate(values):
+            axes.text(j, i, f"{value:+.1f}", ha="center", va="center", fontsize=8)
+        axes.set_title(method, fontsize=8)
+        axes.set_xticks(range(len(columns)), [f"{c:g}" for c in columns])
+        axes.set_yticks(range(len(rows)), [f"{r:g}" for r in rows])
+        axes.set(xlabel=names[1], ylabel=f"{split}: {names[0]}")
+    figure.savefig(path, dpi=110)
+
+
+def main(args: Args) -> None:
+    out = Path(args.out)
+    cells = {(p, g): gains(args, p, g, 898, out) for p in args.confusions for g in args.styles}
+    row = {("variety", v): gains(args, 0.45, 0.65, v, out) for v in args.varieties}
+    listed = [dict(row=r, column=c, methods=found) for (r, c), found in (cells | row).items()]
+    common.write_file(out / "map.json", listed)
+    draw(cells, args.confusions, args.styles, out / "map.png", ("confusion p", "style g"))
+    lines = ["| row | column | method | test | test_ood | right digit | FID |", "|---" * 7 + "|"]
+    for (r, c), found in (cells | row).items():
+        for name, entry in found.items():
+            texts = [common.interval_text(entry[split], "+") for split in ("test", "test_ood")]
+            known = [f"{np.mean(entry[k]):.2f}" if entry[k][0] is not None else "" for k in ("oracle", "fid")]
+            lines.append(f"| {r} | {c} | {name} | {' | '.join(texts + known)} |")
+    common.write_file(out / "map.md", "\n".join(lines) + "\n")
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    common.cli(main, Args)
