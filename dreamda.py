@@ -487,26 +487,18 @@ HEAD_AUGMENTATIONS = {
 
 
 def standard_and_own(x: torch.Tensor, u: torch.Tensor, heads: int) -> torch.Tensor:
-    """Two views of each image, [B, 2, 3, H, W]: x itself and a_k(x), k the image's place modulo the heads.
-
-    Without heads x alone, [B, 1, 3, H, W].
-    """
-    if not heads:
-        return x[:, None]
-    own, augmentations = x.clone(), itertools.cycle(HEAD_AUGMENTATIONS.values())
-    for k, (augmentation, n) in zip(range(min(heads, len(x))), augmentations, strict=False):
-        own[k::heads] = augmentation(x[k::heads], u[k::heads, :n])
-    return torch.stack([x, own], 1)
+    """The views [B, 1 + heads, 3, H, W] of each image: x itself and a_1(x)..a_A(x); u: [B, 5 heads]."""
+    own = zip(u.split(5, 1), itertools.cycle(HEAD_AUGMENTATIONS.values()), strict=False)
+    views = [augmentation(x, numbers[:, :n]) for numbers, (augmentation, n) in own] if heads else []
+    return torch.stack([x, *views], 1)
 
 
 def make_views(size: int, augment: str, heads: int) -> tuple[common.Transform, common.Transform]:
-    """The transforms of real images x to their views, and of the pool's images u to strong(u).
-
-    A real image has its standard view and, if there are auxiliary heads, that of one of them. A fifth head
-    has the first one's augmentation.
+    """The transforms of real images x to their views, the standard one and a_1(x)..a_A(x), and of the pool's
+    images u to strong(u). A fifth head has the first one's augmentation.
     """
     real, strong = (common.make_transforms(size, augment)[0] for _ in range(2))
-    real.steps.append((partial(standard_and_own, heads=heads), 5))
+    real.steps.append((partial(standard_and_own, heads=heads), 5 * heads))
     # choice: geometry, colour and erased patches together
     strong.steps += [HEAD_AUGMENTATIONS[name] for name in ("geometry", "colour", "erase")]
     return real, strong
@@ -546,12 +538,11 @@ def self_training_loss(
 ) -> torch.Tensor:
     """The loss of a batch of B real images x and U synthetic images u.
 
-        (7)   L_aux = sum_k CE(W_k f(a_k(x)), y), estimated by one k for each x
+        (7)   L_aux = sum_k CE(W_k f(a_k(x)), y)
         (11)  L     = CE(W_0 f(x), y) + w_a L_aux + w_o L_orth
                       + mean over u of CE(W_0 f(strong(u)), y^(u)) if u is labelled, else w_c L_cons
 
-    real: logits [2, B, 1 + A, K] of the standard view and of a_k(x), k = 1 + j mod A for the j-th image, by
-        every head; without heads [1, B, 1, K]; y: [B]
+    real: logits [1 + A, B, 1 + A, K] of every view (the standard one, a_1..a_A) by every head; y: [B]
     synthetic: logits [U, 1 + A, K] of the strong views
     targets: classes [U] or probabilities [U, K]; labelled: [U] bools
     weak: the main head's probabilities [U, K] of the weak views
@@ -560,11 +551,9 @@ def self_training_loss(
     # choice: a small w_a. Adam makes the auxiliary heads learn as fast as with a large one, and the backbone
     # does not learn the few real images by heart.
     loss = F.cross_entropy(real[0, :, 0], y)
-    if A := len(auxiliary):
-        # choice: an image is seen by one auxiliary head a step, not by all: the same on average, at a third
-        # of the cost
-        j = torch.arange(len(y), device=y.device)
-        loss = loss + w_a * A * F.cross_entropy(real[1, j, 1 + j % A], y)  # (7)
+    for k in range(1, len(real)):
+        loss = loss + w_a * F.cross_entropy(real[k, :, k], y)  # (7)
+    if len(auxiliary):
         loss = loss + w_o * orthogonality_loss(auxiliary)
     if len(synthetic):
         main = synthetic[:, 0]
@@ -798,7 +787,7 @@ def train(args: Args, run: common.Run, accelerator, data: common.Data, pool: Poo
             with accelerator.autocast():
                 logits = model(torch.cat([x.transpose(0, 1).flatten(0, 1), u])).float()
                 on_real, on_pool = logits.split([len(logits) - len(u), len(u)])
-                on_real = on_real.unflatten(0, (x.shape[1], -1))  # [view, B, head, K]
+                on_real = on_real.unflatten(0, (1 + heads, -1))  # [view, B, head, K]
                 goal = targets[index], labelled[index], weak[index]
                 loss = self_training_loss(on_real, y, on_pool, *goal, net.auxiliary_weights(), *weights)
             optimizer.zero_grad(set_to_none=True)
