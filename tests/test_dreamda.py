@@ -485,7 +485,7 @@ def test_heads_that_learn_the_same_stay_different_by_the_orthogonality_loss_alon
 def test_views_are_images_of_the_classifiers_size(augment, sources):
     image = common.to_pil(sources[0][0]).resize((48, 40))
     for transform, shape in zip(
-        dreamda.make_views(32, augment, 6), [(2, 3, 32, 32), (3, 32, 32)], strict=True
+        dreamda.make_views(32, augment, 6), [(7, 3, 32, 32), (3, 32, 32)], strict=True
     ):
         views = torch.stack([transform(image) for _ in range(20)])
         assert views.shape == (20, *shape) and views.dtype == torch.float32
