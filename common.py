@@ -3,11 +3,7 @@
 Images are float [B, 3, H, W] in [0, 1] between functions. Latents are scaled by the VAE's scaling factor.
 Every image has a random generator of its own, which is passed in, so the batch size never changes a draw.
 
-What is equal, and how far: on a CPU, the same command on the same machine with the same number of threads
-gives the same bits, also if it was stopped and given again. (Some operations of CUDA add up in random order.)
-With another batch size, another number of processes or threads, or another processor, sums are added up in
-another order. Images then differ by rounding, which is a grey level or two of 255, unless something amplifies
-it: ActGen's normalised gradient steps do at a large nu, and so do many epochs of training.
+README says, under "What is equal", how far results are reproducible.
 """
 
 import argparse
@@ -28,7 +24,6 @@ import sys
 import textwrap
 import time
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -65,6 +60,11 @@ def require(condition, message: str) -> None:
 def check_choice(name: str, value: str, choices) -> None:
     """Raises UserError, which lists the choices, unless `value` is one of them."""
     require(value in choices, f"unknown {name} '{value}'; choose one of: {', '.join(choices)}")
+
+
+def shorten(error: Exception) -> str:
+    """An error's message as a part of one line."""
+    return " ".join(str(error).split())[:200]
 
 
 def say(line: str) -> None:
@@ -105,8 +105,8 @@ class Images(torch.utils.data.Dataset):
         """
         size = getattr(self.transform, "size", None)
         if size and size <= 64 and len(self) * 3 * size**2 <= 2**31 and self.kept is None:
-            with ThreadPoolExecutor() as pool:
-                self.kept = list(pool.map(lambda s: self.transform.square(open_image(s)), self.sources))
+            with ThreadPool() as pool:
+                self.kept = pool.map(lambda s: self.transform.square(open_image(s)), self.sources)
         return self
 
     def name(self, i: int) -> str:
@@ -147,6 +147,10 @@ class Data:
     val: Images | None = None
     test_ood: Images | None = None
     unlabelled: Images | None = None
+
+    def splits(self) -> dict[str, Images]:
+        """The splits that there are, by their names."""
+        return {name: images for name, images in vars(self).items() if isinstance(images, Images)}
 
 
 def open_image(source) -> Image.Image:
@@ -309,20 +313,17 @@ def make_transforms(size: int, augment: str, how: str = "crop") -> tuple[Transfo
 
 
 def english(name: str) -> str:
-    """A class name as it reads in a prompt: without numbers and ids before it, with spaces between words.
+    """A class name as it reads in a prompt: without a number or an id before it, with spaces between words.
 
     "001.Black_footed_Albatross" becomes "Black footed Albatross", "n02085620-Chihuahua" "Chihuahua",
     "n01440764" "tench", "AnnualCrop" "annual crop", "Apple___Black_rot" "apple black rot".
     """
-    if SYNSET.fullmatch(name):
+    if re.fullmatch(r"n\d{8}", name):
         return wordnet().get(name, [name])[0]
     name = re.sub(r"^(\d+\.|0\d*[_ -]|n\d{8}[_ -])[\W_]*(?=[^\W\d_])", "", name)
-    if "__" in name or re.fullmatch(r"(?:[A-Z][a-z]+){2,}", name):
+    if "__" in name or re.fullmatch(r"([A-Z][a-z]+){2,}", name):
         name = re.sub(r"(?<=[a-z])([A-Z])", r" \1", name).lower()
     return " ".join(name.replace("_", " ").split())
-
-
-SYNSET = re.compile(r"n\d{8}")
 
 
 @functools.cache
@@ -335,59 +336,77 @@ def wordnet() -> dict[str, list[str]]:
 
 
 def name_classes(folders: list[str], file: Path | None, prompt: str) -> list[str]:
-    """English names of the classes that a data set calls `folders`.
-
-    file: has lines "FOLDER,NAME", or one name a line for all folders in their order
+    """English names of the classes that a data set calls `folders`; `file`: see read_class_names.
 
     Synsets that read alike are told apart by synonyms. Warns of other names that read alike, and of numbers
-    and ids, with the prompt. Raises UserError if the file is none of the two.
+    and ids, with the prompt.
     """
-    given, number = read_class_names(file, folders) if file else {}, r"\d+[\W_]+(?=[^\W\d_])"
-    plain = [re.sub(number, "", f, count=1) for f in folders if re.match(number, f)]
-    plain = plain if len(plain) == len(folders) else folders  # "7-Eleven" among others keeps its number
-    names = [given.get(f) or english(p) for f, p in zip(folders, plain, strict=True)]
+    given = read_class_names(file, folders) if file else {}
+    number = re.compile(r"\d+[\W_]+(?=[^\W\d_])")
+    numbered = all(map(number.match, folders))  # "7-Eleven" among others keeps its number
+    names = [given.get(f) or english(number.sub("", f, count=1) if numbered else f) for f in folders]
     count = Counter(name.lower() for name in names)
-    for i, name in enumerate(names):
-        if count[name.lower()] > 1 and folders[i] not in given:
-            names[i] = next((n for n in wordnet().get(folders[i], []) if n.lower() not in count), name)
+    for i, folder in enumerate(folders):
+        if count[names[i].lower()] > 1 and folder not in given:
+            names[i] = next((n for n in wordnet().get(folder, []) if n.lower() not in count), names[i])
     count = Counter(name.lower() for name in names)
-    word = r"[^\W\d_]{3}|[^\W\d_A-Z]{2}|[^\W\d_\x00-\x7f]"  # not in "12", "c0", "A330" or "AD"
-    numbered = r"(?i)\b(class|label|category|id)(?=[\W\d_]|$)"
+    general = re.compile(r"\b(class|label|category|id)(?![a-z])", re.IGNORECASE)
+    word = re.compile(r"[a-z]{2}|[A-Za-z]{3}|[^\x00-\x7f]")  # not in "12", "c0", "A330" or "AD"
     odd = {
-        "a number or an id": [n for n in names if not re.search(word, re.sub(numbered, "", n))],
+        "a number or an id": [n for n in names if not word.search(general.sub("", n))],
         "another class's, too": [n for n in names if count[n.lower()] > 1],
     }
     for reason, those in odd.items():
         if those:
-            reads = f"'{folders[names.index(those[0])]}' will read \"{prompt.replace('{}', those[0])}\""
-            more = f" ({len(those)} names are such)" if len(those) > 1 else ""
-            say(f"warning: the prompt of class {reads}, {reason}{more}; --class_names FILE names the classes")
+            say(
+                f"warning: the prompt of class '{folders[names.index(those[0])]}' will read "
+                f'"{fill_prompt(prompt, those[0])}", {reason} ({len(those)} of {len(names)} classes); '
+                "--class_names FILE names the classes"
+            )
     return names
 
 
 def read_class_names(file: Path, folders: list[str]) -> dict[str, str]:
-    """The names that a file gives to class folders; see name_classes."""
+    """The names in a file of lines "FOLDER,NAME", or of one name a line for all folders in their order.
+
+    Raises UserError if the file is none of the two.
+    """
     try:
         lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read the class names {file}: {error}") from None
-    known, given = set(folders), {}
+    given, known = {}, set(folders)
     for line in lines:
-        parts = [(line[: m.start()], line[m.end() :]) for m in re.finditer(r"\s*[,;:=\s]\s*|$", line)]
-        given |= dict([part for part in parts if part[0] in known][-1:] or [(line, None)])
-    strange = next((line for line, name in given.items() if name is None), None)
+        pairs = [re.split(rf"\s*{mark}\s*", line, maxsplit=1) for mark in (r"[,;:=\t]", r"\s")]
+        folder, *name = next((pair for pair in pairs if pair[0] in known), [line])
+        given[folder] = " ".join(name).replace("_", " ")
+    strange = next((folder for folder in given if folder not in known), None)
     require(
         strange is None or len(lines) == len(folders),
         f"{file}: there is no class '{strange}'; give lines FOLDER,NAME, or {len(folders)} names in order",
     )
-    pairs = given.items() if strange is None else zip(folders, lines, strict=True)
-    return {folder: " ".join(name.replace("_", " ").split()) for folder, name in pairs}
+    if strange is not None:
+        return {folder: line.replace("_", " ") for folder, line in zip(folders, lines, strict=True)}
+    return given
 
 
-DATASETS = (
-    "digits cifar10 cifar100 stl10 caltech101 pets cars eurosat flowers102 food101 fgvc_aircraft dtd sun397 "
-    "country211 imagenet coco folder hf"
-).split()
+TORCHVISION = {  # its class, and what that calls the training and the test split, if there are official ones
+    "cifar10": ("CIFAR10", True, False),
+    "cifar100": ("CIFAR100", True, False),
+    "stl10": ("STL10", "train", "test"),
+    "caltech101": ("Caltech101",),
+    "pets": ("OxfordIIITPet", "trainval", "test"),
+    "cars": ("StanfordCars", "train", "test"),
+    "eurosat": ("EuroSAT",),
+    "flowers102": ("Flowers102", "train", "test"),
+    "food101": ("Food101", "train", "test"),
+    "fgvc_aircraft": ("FGVCAircraft", "trainval", "test"),
+    "dtd": ("DTD", "train", "test"),
+    "sun397": ("SUN397",),
+    "country211": ("Country211", "train", "test"),
+    "imagenet": ("ImageNet", "train", "val"),
+}
+DATASETS = ["digits", *TORCHVISION, "coco", "folder", "hf"]
 
 
 def load_data(
@@ -411,7 +430,7 @@ def load_data(
     per_class: draws so many training images of each class; 0 takes all
     unlabelled: also loads stl10's large unlabelled part
     style: of digits only, how far the images differ from the generator's, 0 to 1
-    class_names: a file of class names, see name_classes; by default `classes.txt` of a folder, if it exists
+    class_names: a file of class names, see read_class_names; by default `classes.txt` in data_dir, if it exists
     skip_bad_images: leaves out images that cannot be read
     prompt: what a warning of a class name shows it in
 
@@ -420,8 +439,12 @@ def load_data(
     """
     check_choice("dataset", name, DATASETS)
     augmented, plain = make_transforms(size, augment)
-    loaders = {"digits": lambda _: _digits(style), "folder": _folder, "coco": _coco, "hf": _hf}
-    data = loaders[name](data_dir) if name in loaders else _torchvision(name, data_dir, unlabelled)
+    if name in TORCHVISION:
+        data = _torchvision(name, data_dir, unlabelled)
+    elif name == "digits":
+        data = Data(world.NAMES, **{split: Images(*part) for split, part in world.splits(style).items()})
+    else:
+        data = {"coco": _coco, "folder": _folder, "hf": _hf}[name](data_dir)
     own = Path(data_dir, "classes.txt")
     file = class_names or (own if name in ("folder", "hf") and own.exists() else None)
     data.class_names = name_classes(data.class_names, file and Path(file), prompt)
@@ -431,10 +454,6 @@ def load_data(
         "holds the class folders, give that as --data_dir",
     )
     check_images(data, data_dir, skip_bad_images)
-    data.train.transform = augmented
-    for split in (data.test, data.val, data.test_ood):
-        if split is not None:
-            split.transform = plain
     check_counts(data, data_dir or name)
     if per_class:
         counts = np.bincount(data.train.labels)
@@ -447,33 +466,33 @@ def load_data(
         left = np.setdiff1d(np.arange(len(data.train)), drawn)
         data.unlabelled = data.unlabelled or data.train.subset(left)
         data.train = data.train.subset(drawn)
-    for split in (data.train, data.test, data.val, data.test_ood):
-        if split is not None:
-            split.keep()
+    for split, images in data.splits().items():
+        images.transform = augmented if split in ("train", "unlabelled") else plain
+        if split != "unlabelled":
+            images.keep()
     return data
 
 
 def check_counts(data: Data, where: str) -> None:
     """Raises UserError for a class or a test without images; says if the classes are very unequal."""
     names, counts = data.class_names, np.bincount(data.train.labels, minlength=len(data.class_names))
-    (fewest, rarest), (most, largest) = ((counts[i], names[i]) for i in (counts.argmin(), counts.argmax()))
-    require(fewest > 0, f"no training images of the class '{rarest}' in {where}")
+    rarest, largest = counts.argmin(), counts.argmax()
+    require(counts[rarest], f"no training images of the class '{names[rarest]}' in {where}")
     require(len(data.test), f"no test images in {where}")
-    if most > 10 * fewest:
+    if counts[largest] > 10 * counts[rarest]:
         say(
-            f"unequal classes: {fewest} training images of '{rarest}', {most} of '{largest}'; "
-            "--examples_per_class draws as many of each, the class mean counts them alike"
+            f"unequal classes: {counts[rarest]} training images of '{names[rarest]}', {counts[largest]} of "
+            f"'{names[largest]}'; --examples_per_class draws as many of each, the class mean counts them alike"
         )
 
 
 def check_images(data: Data, where: str, skip: bool) -> None:
-    """Opens every image that is not in memory; good ones are remembered in CACHE, and not opened again.
+    """Opens every image that is not in memory; CACHE remembers the good ones, which are not opened again.
 
     Raises UserError, which lists the unreadable ones, unless `skip`, which leaves them out of the data. Warns
     of images that are nearly black or of one colour.
     """
-    splits = {name: images for name, images in vars(data).items() if isinstance(images, Images)}
-    sources = {_stamp(source): source for images in splits.values() for source in images.sources}
+    sources = {_stamp(source): source for images in data.splits().values() for source in images.sources}
     sources.pop(0, None)
     cache = CACHE / f"{hashlib.sha256(os.fsencode(os.path.abspath(where))).hexdigest()[:16]}.pt"
     known = set(read_file(cache, torch.tensor([])).tolist())
@@ -484,20 +503,19 @@ def check_images(data: Data, where: str, skip: bool) -> None:
         found = tqdm(pool.imap(_fault, todo.values(), 8), "checking images", len(todo), leave=False)
         faults = {stamp: fault for stamp, fault in zip(todo, found, strict=True) if fault}
     with contextlib.suppress(OSError):  # no place to remember them
-        if len(faults) < len(todo):
-            write_file(cache, torch.tensor([stamp for stamp in sources if stamp not in faults]))
-    bad = {stamp: fault for stamp, fault in faults.items() if fault != BLANK}
-    blank = [source for stamp, source in todo.items() if faults.get(stamp) == BLANK]
+        write_file(cache, torch.tensor([stamp for stamp in sources if stamp not in faults]))
+    blank = [todo[stamp] for stamp, fault in faults.items() if fault == BLANK]
     if blank:
         say(f"warning: {len(blank)} images are {BLANK}, such as {Images(blank, []).name(0)}")
+    bad = {stamp: fault for stamp, fault in faults.items() if fault != BLANK}
     if bad:
-        shown = "; ".join([*bad.values()][:10]) + (f"; and {len(bad) - 10} more" if len(bad) > 10 else "")
-        shown = f"{len(bad)} of {len(sources)} images: {shown}"
-        require(skip, f"{shown}; replace or delete them, or leave them out by --skip_bad_images")
-        say(f"left out {shown}")
-        for name, images in splits.items():
-            kept = [i for i, source in enumerate(images.sources) if _stamp(source) not in bad]
-            setattr(data, name, images.subset(kept))
+        more = f"; and {len(bad) - 10} more" if len(bad) > 10 else ""
+        listed = f"{len(bad)} of {len(sources)} images: {'; '.join([*bad.values()][:10])}{more}"
+        require(skip, f"{listed}; replace or delete them, or leave them out by --skip_bad_images")
+        say(f"left out {listed}")
+        for name, images in data.splits().items():
+            good = [i for i, source in enumerate(images.sources) if _stamp(source) not in bad]
+            setattr(data, name, images.subset(good))
 
 
 BLANK = "nearly black or of one colour"
@@ -515,11 +533,11 @@ def _fault(source) -> str:
 
 def _stamp(source) -> int:
     """A number that changes with the file of a source of Images; 0 if the image is in memory."""
-    if isinstance(source, tuple) and hasattr(source[0], "_fingerprint"):  # of `datasets`
-        key = f"{source[0]._fingerprint} {source[1]}"
-    elif isinstance(source, Path):
+    if isinstance(source, Path):
         stat = source.stat() if source.exists() else None  # if there is no file, opening it will say so
         key = f"{os.path.abspath(source)} {stat and (stat.st_size, stat.st_mtime_ns)}"
+    elif isinstance(source, tuple) and hasattr(source[0], "_fingerprint"):  # of `datasets`
+        key = f"{source[0]._fingerprint} {source[1]}"
     else:
         return 0
     return int.from_bytes(hashlib.sha256(os.fsencode(key)).digest()[:8], signed=True)
@@ -547,13 +565,25 @@ def split_per_class(labels, share: float, seed: int, at_least: int = 0) -> tuple
     return np.setdiff1d(np.arange(len(labels)), held), held
 
 
-def _digits(style: float) -> Data:
-    return Data(world.NAMES, **{name: Images(*split) for name, split in world.splits(style).items()})
+def _data(names: list, splits: dict[str, list[tuple]], where) -> Data:
+    """Splits of (source, class) pairs; without a test split, a fifth of each class of train becomes one."""
+    index, images = {name: i for i, name in enumerate(names)}, {}
+    for split, pairs in splits.items():
+        strange = next((name for _, name in pairs if name not in index), None)
+        require(strange is None, f"{where}/{split} has a class '{strange}' that {where}/train does not have")
+        images[split] = Images([source for source, _ in pairs], [index[name] for _, name in pairs])
+    if "test" not in images:
+        everything = images["train"]
+        others, held = split_per_class(everything.labels, 0.2, seed=0)
+        require(len(held), f"{where} has no test split, and too few images of each class to hold some out")
+        say(f"{where} has no test split: a fifth of each class is held out for it, {len(held)} images")
+        images |= {"train": everything.subset(others), "test": everything.subset(held)}
+    return Data([str(name) for name in names], **images)
 
 
 SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test", "test_ood": "test_ood"}
 SPLITS |= dict.fromkeys(("val", "valid", "validation"), "val")
-STRAY = re.compile(r"\.|@eaDir|__MACOSX|#recycle|\$RECYCLE|Thumbs\.db", re.IGNORECASE)
+STRAY = re.compile(r"\.|@eaDir|__MACOSX|#recycle|\$RECYCLE|Thumbs\.db|BACKGROUND_Google", re.IGNORECASE)
 
 
 def _folder(root: str, names: dict[str, str] = SPLITS) -> Data:
@@ -561,88 +591,64 @@ def _folder(root: str, names: dict[str, str] = SPLITS) -> Data:
 
     names: which split a folder holds, by its name
     """
-    root, found, skipped = Path(root), {}, Counter()
+    root, skipped, found = Path(root), Counter(), {}
     layout = f"a folder data set has {root}/train/CLASS/*, or {root}/CLASS/*"
     folders = [p for p in sorted(root.glob("*")) if p.is_dir() and not STRAY.match(p.name)]
-    parts = [p for p in folders if p.name.lower() in SPLITS]
-    if len(parts) < len(folders) and not any(q.is_dir() for p in parts for q in p.iterdir()):
-        parts = [root]  # class folders alone, of which one may be called "train"
-    elif len(parts) < len(folders):
-        skipped["folders that are no split"] = len(folders) - len(parts)
-    for part in parts:
-        if split := names.get(part.name.lower()) if part != root else "train":
-            require(split not in found, f"{root} has two folders for {split}, one is {part.name}; keep one")
-            found[split] = part, _class_files(part, skipped)
-            require(found[split][1], f"{part} has no class folders; {layout}")
+    known = [p for p in folders if p.name.lower() in SPLITS]
+    parts = [(names.get(p.name.lower()), p) for p in folders]
+    if len(known) < len(folders) and not any(q.is_dir() for p in known for q in p.iterdir()):
+        parts = [("train", root)]  # class folders alone, of which one may be called "train"
+    for split, part in parts:
+        if split is None:
+            skipped["folders that are no split"] += 1
+            continue
+        require(split not in found, f"{root} has two folders for {split}, one is {part.name}; keep one")
+        found[split] = _class_files(part, skipped)
+        require(found[split], f"{part} has no class folders; {layout}")
+        said = ", ".join(f"{n} {kind}" for kind, n in skipped.most_common())
+        for name, files in found[split].items():
+            require(files, f"the class folder {part / name} has no images; skipped: {said or 'nothing'}")
     require("train" in found, f"{root / 'train'} is missing; {layout}")
-    said = ", ".join(f"{n} {kind}" for kind, n in skipped.most_common())
-    train, classes = found["train"]
-    for part, files in found.values():
-        for name in files:
-            require(name in classes, f"{part} has a class '{name}' that {train} does not have")
-            require(
-                files[name], f"the class folder {part / name} has no images; skipped: {said or 'nothing'}"
-            )
     if skipped:
-        say(f"skipped in {root}: {said}")
-    splits = {s: [(file, name) for name in files for file in files[name]] for s, (_, files) in found.items()}
-    return _data(list(classes), splits, root)
+        say(f"skipped in {root}: " + ", ".join(f"{n} {kind}" for kind, n in skipped.most_common()))
+    splits = {s: [(file, name) for name in classes for file in classes[name]] for s, classes in found.items()}
+    return _data([*found["train"]], splits, root)
 
 
 def _class_files(root: Path, skipped: Counter) -> dict[str, list[Path]]:
     """The images in each class folder of `root`; counts what else there is in `skipped`, by kind.
 
-    Links are followed, but nothing is read twice.
+    A link is followed once, and never back into `root`.
     """
     Image.init()
     stubs = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}  # PIL knows them, but cannot read them by itself
-    extensions = {e for e, kind in Image.registered_extensions().items() if kind in Image.OPEN.keys() - stubs}
+    kinds = {e for e, kind in Image.registered_extensions().items() if kind in Image.OPEN.keys() - stubs}
     heic = dict.fromkeys((".heic", ".heif"), " (convert them to JPEG)")
-    real_root = Path(os.path.realpath(root))
-    classes, seen = {}, {str(real_root), *map(str, real_root.parents)}
-    for here, folders, files in os.walk(root, followlinks=True):
-        inside, real_here, kept = Path(here).relative_to(root).parts[:1], os.path.realpath(here), []
-        links, is_file = {n for n in folders + files if os.path.islink(os.path.join(here, n))}, set(files)
-        for name in sorted(folders + files, key=lambda name: (name in links, name)):
-            path, kind = Path(here, name), os.path.splitext(name)[1].lower() if name in is_file else None
-            real = os.path.realpath(path) if name in links else os.path.join(real_here, name)
-            reasons = {
-                "hidden": STRAY.match(name),
-                "links to what was there already": real in seen,
-                "broken links": name in links and not path.exists(),
-                "files outside of class folders": name in is_file and not inside,
-                f"{kind or 'nameless'} files{heic.get(kind, '')}": name in is_file and kind not in extensions,
-            }
-            seen.add(real)
-            if reason := next((reason for reason, holds in reasons.items() if holds), None):
-                skipped[reason] += 1
-            elif name in is_file:
-                classes[inside[0]].append(path)
+    classes, home, followed = {}, root.resolve(), {}
+
+    def look(folder, images=None):
+        for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+            kind = os.path.splitext(entry.name)[1].lower()
+            target = Path(entry).resolve() if entry.is_symlink() else None
+            back = target and (target.is_relative_to(home) or home.is_relative_to(target))
+            if STRAY.match(entry.name):
+                skipped["hidden"] += 1
+            elif back or followed.get(target):
+                skipped["links to what was there already"] += 1
+            elif entry.is_dir():
+                look(entry, classes.setdefault(entry.name, []) if images is None else images)
+            elif not entry.is_file():
+                skipped["broken links"] += 1
+            elif kind not in kinds:
+                skipped[f"{kind or 'nameless'} files{heic.get(kind, '')}"] += 1
+            elif images is None:
+                skipped["files outside of class folders"] += 1
             else:
-                kept.append(name)
-        folders[:] = sorted(kept)
-        classes = classes or {name: [] for name in folders}
-    return {name: sorted(files) for name, files in classes.items()}
+                images.append(Path(entry))
+            followed[target] = bool(target)
 
-
-def _data(names: list[str], splits: dict[str, list[tuple]], where) -> Data:
-    """Splits as (source, class) pairs; without a test split, a fifth of each class of train becomes one."""
-    index, images = {name: i for i, name in enumerate(names)}, {}
-    for split, pairs in splits.items():
-        unknown = next((name for _, name in pairs if name not in index), None)
-        require(unknown is None, f"{where}/{split} has a class '{unknown}' that {where}/train does not have")
-        images[split] = Images([source for source, _ in pairs], [index[name] for _, name in pairs])
-    return _with_test([str(name) for name in names], images, where)
-
-
-def _with_test(names: list[str], splits: dict[str, Images], where) -> Data:
-    if "test" not in splits:
-        everything = splits["train"]
-        others, held = split_per_class(everything.labels, 0.2, seed=0)
-        require(len(held), f"{where} has no test split, and too few images of each class to hold some out")
-        say(f"{where} has no test split: a fifth of each class is held out for it, {len(held)} images")
-        splits |= {"train": everything.subset(others), "test": everything.subset(held)}
-    return Data(class_names=names, **splits)
+    look(root)
+    return classes
 
 
 def _hf(root: str) -> Data:
@@ -655,7 +661,7 @@ def _hf(root: str) -> Data:
     import datasets
 
     root, _, chosen = root.partition("#")
-    path, parts = Path(root), root.split("/")
+    path, (owner, *more) = Path(root), root.split("/", 2)
     advice = "give OWNER/NAME of the hub, which needs a network, or a local folder"
     known = path.exists() or re.fullmatch(r"\w[\w.-]*(/[\w.-]+){0,2}", root)
     require(known, f"there is no data set '{root}'; {advice}")
@@ -667,19 +673,19 @@ def _hf(root: str) -> Data:
         elif path.exists():
             loaded = datasets.load_dataset(root)
         else:
-            loaded = datasets.load_dataset("/".join(parts[:2]), *parts[2:3])
+            loaded = datasets.load_dataset("/".join([owner, *more[:1]]), *more[1:])
     except Exception as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"cannot load the data set '{root}' ({reason}); {advice}") from None
-    loaded = loaded if isinstance(loaded, dict) else {"train": loaded}
+        raise UserError(f"cannot load the data set '{root}' ({shorten(error)}); {advice}") from None
+    if not isinstance(loaded, dict):
+        loaded = {"train": loaded}
     parts = {SPLITS.get(s.lower()) if len(loaded) > 1 else "train": part for s, part in loaded.items()}
     require("train" in parts, f"the data set '{root}' has no split train, but {', '.join(loaded)}")
     image, label = _columns(parts["train"].features, chosen, root)
-    classes, splits = getattr(parts["train"].features[label], "names", None), {}  # names: of a ClassLabel
+    names, splits = dict(enumerate(getattr(parts["train"].features[label], "names", []))), {}
     for split, part in parts.items():
-        labels = [None if classes and y == -1 else y for y in part[label]]
+        labels = [names.get(y) if names else y for y in part[label]]  # None, or -1 of a ClassLabel: no label
         pictures = part.select_columns([image]).cast_column(image, datasets.Image(decode=False))
-        pairs = [((pictures, i), classes[y] if classes else y) for i, y in enumerate(labels) if y is not None]
+        pairs = [((pictures, i), y) for i, y in enumerate(labels) if y is not None]
         if split and pairs:
             splits[split] = pairs
     require("train" in splits, f"'{root}' has no labels in the column '{label}'")
@@ -688,110 +694,83 @@ def _hf(root: str) -> Data:
     counts = ", ".join(f"{len(pairs)} for {split}" for split, pairs in splits.items())
     say(f"{root}: images of the column '{image}', labels of '{label}'; {counts}")
     used = {name for _, name in splits["train"]}
-    return _data([c for c in classes if c in used] if classes else sorted(used), splits, root)
+    return _data([name for name in names.values() if name in used] or sorted(used), splits, root)
 
 
 def _columns(features, chosen: str, root: str) -> tuple[str, str]:
     """The columns of images and of labels; see _hf."""
     import datasets
 
-    images = [c for c, f in features.items() if isinstance(f, datasets.Image)]
-    images += [c for c, f in features.items() if isinstance(f, dict) and "bytes" in f]
+    def of(kind):
+        return [column for column, feature in features.items() if isinstance(feature, kind)]
+
+    images = of(datasets.Image) + [c for c in of(dict) if "bytes" in features[c]]
     require(images, f"'{root}' has no column of images, but {', '.join(features)}")
-    classes = [c for c, f in features.items() if isinstance(f, datasets.ClassLabel)]
     kinds = ("int", "uint", "bool", "string", "large_string")
-    values = [c for c, f in features.items() if isinstance(f, datasets.Value) and f.dtype.startswith(kinds)]
-    usual = [c for c in classes or values if c in ("label", "labels", "class", "target")]
-    labels = [chosen] if chosen else usual if len(usual) == 1 else classes or values
+    labels = of(datasets.ClassLabel) or [c for c in of(datasets.Value) if features[c].dtype.startswith(kinds)]
+    usual = [c for c in labels if c in ("label", "labels", "class", "target")]
+    labels = [chosen] if chosen else usual if len(usual) == 1 else labels
     require(
-        {*labels[:1]} & {*features}, f"'{root}' has no column of labels {chosen}, but {', '.join(features)}"
+        labels and labels[0] in features,
+        f"'{root}' has no column of labels {chosen}, but {', '.join(features)}",
     )
-    choice = f"--data_dir {root}#{labels[0]}"
-    require(len(labels) == 1, f"labels of '{root}' could be {', '.join(labels)}; choose one, as in {choice}")
+    choice = f"choose one, as in --data_dir {root}#{labels[0]}"
+    require(len(labels) == 1, f"labels of '{root}' could be {', '.join(labels)}; {choice}")
     return images[0], labels[0]
 
 
 def _coco(root: str) -> Data:
-    splits, names = {}, None
+    splits = {}
     for split, year in (("train", "train2017"), ("test", "val2017")):
-        path = Path(root) / "annotations" / f"instances_{year}.json"
+        path = Path(root, "annotations", f"instances_{year}.json")
         try:
-            annotations = json.loads(path.read_text(encoding="utf-8"))
-            categories = sorted(annotations["categories"], key=lambda c: c["id"])
-            largest = {}  # image id -> (area, category id) of its largest object
-            for a in annotations["annotations"]:
-                known, found = largest.get(a["image_id"], (0, 0)), (a["area"], a["category_id"])
-                largest[a["image_id"]] = max(known, found)
-            files = {i["id"]: Path(root) / year / i["file_name"] for i in annotations["images"]}
+            content = json.loads(path.read_text(encoding="utf-8"))
+            names = {c["id"]: c["name"] for c in sorted(content["categories"], key=lambda c: c["id"])}
+            files = {image["id"]: Path(root, year, image["file_name"]) for image in content["images"]}
+            objects = sorted((a["area"], a["category_id"], a["image_id"]) for a in content["annotations"])
+            largest = {image: category for _, category, image in objects}
+            splits[split] = [(files[image], names[category]) for image, category in sorted(largest.items())]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"cannot read the COCO annotations {path}: {error!r}") from None
-        if names is None:
-            present = {category for _, category in largest.values()}
-            ids = [c["id"] for c in categories if c["id"] in present]
-            names = [c["name"] for c in categories if c["id"] in present]
-        chosen = [(files[i], ids.index(c)) for i, (_, c) in sorted(largest.items()) if c in ids]
-        splits[split] = Images([file for file, _ in chosen], [label for _, label in chosen])
-    return Data(class_names=names, **splits)
+    used = {name for _, name in splits["train"]}
+    splits["test"] = [(file, name) for file, name in splits["test"] if name in used]
+    return _data([name for name in names.values() if name in used], splits, root)
 
 
 def _torchvision(name: str, root: str, unlabelled: bool = False) -> Data:
     from torchvision import datasets as tv
 
-    kinds = {
-        "cifar10": lambda train, **k: tv.CIFAR10(root, train=train, **k),
-        "cifar100": lambda train, **k: tv.CIFAR100(root, train=train, **k),
-        "stl10": lambda train, **k: tv.STL10(root, split="train" if train else "test", **k),
-        "pets": lambda train, **k: tv.OxfordIIITPet(root, split="trainval" if train else "test", **k),
-        "cars": lambda train, **k: tv.StanfordCars(root, split="train" if train else "test", **k),
-        "flowers102": lambda train, **k: tv.Flowers102(root, split="train" if train else "test", **k),
-        "food101": lambda train, **k: tv.Food101(root, split="train" if train else "test", **k),
-        "fgvc_aircraft": lambda train, **k: tv.FGVCAircraft(root, "trainval" if train else "test", **k),
-        "dtd": lambda train, **k: tv.DTD(root, split="train" if train else "test", **k),
-        "country211": lambda train, **k: tv.Country211(root, split="train" if train else "test", **k),
-        "imagenet": lambda train, **k: tv.ImageNet(root, split="train" if train else "val"),
-        "caltech101": lambda train, **k: tv.Caltech101(root, **k),
-        "eurosat": lambda train, **k: tv.EuroSAT(root, **k),
-        "sun397": lambda train, **k: tv.SUN397(root, **k),
-    }
-    if name == "imagenet" and (Path(root) / "train").is_dir() and not any(Path(root).glob("ILSVRC2012_*")):
-        return _folder(root, {"train": "train", "val": "test", "validation": "test"})
+    kind, *splits = TORCHVISION[name]
 
-    def load(train: bool):
+    def load(*split):
+        options = {} if name in ("cars", "imagenet") else {"download": True}  # if it is not there
         try:
-            return kinds[name](train, download=False)
-        except (RuntimeError, OSError, ValueError, IndexError):
-            pass
-        try:
-            return kinds[name](train, download=True)
+            return getattr(tv, kind)(root, *split, **options)
         except Exception as error:
-            reason = " ".join(str(error).split())[:200]
-            raise UserError(
-                f"{name} is not in {root} and could not be downloaded ({reason}); put its files there"
-            ) from None
+            missing = f"{name} is not in {root} and could not be downloaded ({shorten(error)})"
+            raise UserError(f"{missing}; put its files there") from None
 
-    def images(dataset) -> Images:
-        def first(*attributes):
-            return next((getattr(dataset, a) for a in attributes if hasattr(dataset, a)), None)
+    def pairs(dataset) -> list[tuple]:
+        has = vars(dataset)
+        files = has.get("samples") or has.get("_samples")
+        if "_labels" in has:
+            files = zip(has.get("_images") or has["_image_files"], dataset._labels, strict=True)
+        if files:  # in an order that does not depend on the file system
+            return sorted((Path(file), dataset.classes[y]) for file, y in files)
+        labels = has["targets"] if "targets" in has else has["labels"]
+        return [((dataset, i), dataset.classes[y]) for i, y in enumerate(labels)]
 
-        pairs = first("samples", "_samples")  # (file, class)
-        files, labels = zip(*pairs, strict=True) if pairs else (first("_images", "_image_files"), None)
-        labels = first("_labels", "y", "labels", "targets") if labels is None else labels
-        if name == "caltech101":
-            folder, pairs = f"{dataset.root}/101_ObjectCategories", zip(dataset.index, dataset.y, strict=True)
-            files = [f"{folder}/{dataset.categories[y]}/image_{i:04d}.jpg" for i, y in pairs]
-        if files is None:
-            return Images([(dataset, i) for i in range(len(labels))], labels)
-        everything = Images([Path(file) for file in files], labels)
-        return everything.subset(np.argsort(everything.sources)) if name == "sun397" else everything
-
-    train = load(True)
-    names = train.wnids if name == "imagenet" else getattr(train, "classes", None) or train.categories
-    splits = {"train": images(train)}
-    if name not in ("caltech101", "eurosat", "sun397"):  # they have no official split
-        splits["test"] = images(load(False))
-    data = _with_test(names, splits, name)
+    if name == "imagenet":
+        for split in splits if any(Path(root).glob("ILSVRC2012_img_*.tar")) else ():
+            load(split)  # unpacks its archive
+        return _folder(root, {"train": "train", "val": "test", "validation": "test"})
+    parts = [load(split) for split in splits] or [load()]
+    if name == "caltech101":
+        return _folder(Path(root, "caltech101", "101_ObjectCategories"))
+    data = _data(parts[0].classes, dict(zip(("train", "test"), map(pairs, parts), strict=False)), name)
     if name == "stl10" and unlabelled:
-        data.unlabelled = images(tv.STL10(root, split="unlabeled"))
+        more = load("unlabeled")
+        data.unlabelled = Images([(more, i) for i in range(len(more))], more.labels)
     return data
 
 
@@ -888,8 +867,9 @@ def build_classifier(
         except TypeError:
             model = timm.create_model(name, **options)
     except (OSError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:160]
-        raise UserError(f"the classifier {name} cannot be loaded for {size} pixels ({reason})") from None
+        raise UserError(
+            f"the classifier {name} cannot be loaded for {size} pixels ({shorten(error)})"
+        ) from None
     if size <= 64:
         model = as_on_cifar(model, len(class_names))
     return Normalised(model, model.pretrained_cfg["mean"], model.pretrained_cfg["std"])
@@ -941,8 +921,7 @@ def from_pretrained(cls, model_id: str, **options):
     try:
         return cls.from_pretrained(model_id, **options)
     except Exception as error:
-        reason = " ".join(str(error).split())[:160]
-        raise UserError(f"cannot load the model '{model_id}': {advice} ({reason})") from None
+        raise UserError(f"cannot load the model '{model_id}': {advice} ({shorten(error)})") from None
 
 
 def native_dtype(device: torch.device) -> torch.dtype:
@@ -1022,8 +1001,7 @@ def fuse_lora(pipe, path: str) -> None:
         pipe.fuse_lora(safe_fusing=True)
         pipe.unload_lora_weights()
     except Exception as error:
-        reason = " ".join(str(error).split())[:160]
-        raise UserError(f"cannot load --lora '{path}': {advice} ({reason})") from None
+        raise UserError(f"cannot load --lora '{path}': {advice} ({shorten(error)})") from None
 
 
 def fill_prompt(prompt: str, name: str) -> str:
