@@ -34,6 +34,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from filelock import FileLock, Timeout
+from matplotlib.figure import Figure
 from PIL import Image, ImageOps
 from safetensors.torch import load_file
 from torch import nn
@@ -358,19 +359,16 @@ def name_classes(folders: list[str], file: Path | None, prompt: str) -> list[str
     }
     for reason, those in odd.items():
         if those:
+            folder, reads = folders[names.index(those[0])], fill_prompt(prompt, those[0])
             say(
-                f"warning: the prompt of class '{folders[names.index(those[0])]}' will read "
-                f'"{fill_prompt(prompt, those[0])}", {reason} ({len(those)} of {len(names)} classes); '
-                "--class_names FILE names the classes"
+                f"warning: the prompt of class '{folder}' will read \"{reads}\", {reason} "
+                f"({len(those)} of {len(names)} classes); --class_names FILE names the classes"
             )
     return names
 
 
 def read_class_names(file: Path, folders: list[str]) -> dict[str, str]:
-    """The names in a file of lines "FOLDER,NAME", or of one name a line for all folders in their order.
-
-    Raises UserError if the file is none of the two.
-    """
+    """The names in a file of lines "FOLDER,NAME", or of one name a line for all folders in their order."""
     try:
         lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
@@ -380,13 +378,11 @@ def read_class_names(file: Path, folders: list[str]) -> dict[str, str]:
         pairs = [re.split(rf"\s*{mark}\s*", line, maxsplit=1) for mark in (r"[,;:=\t]", r"\s")]
         folder, *name = next((pair for pair in pairs if pair[0] in known), [line])
         given[folder] = " ".join(name).replace("_", " ")
-    strange = next((folder for folder in given if folder not in known), None)
-    require(
-        strange is None or len(lines) == len(folders),
-        f"{file}: there is no class '{strange}'; give lines FOLDER,NAME, or {len(folders)} names in order",
-    )
-    if strange is not None:
+    strange = [folder for folder in given if folder not in known]
+    if strange and len(lines) == len(folders):
         return {folder: line.replace("_", " ") for folder, line in zip(folders, lines, strict=True)}
+    advice = f"give lines FOLDER,NAME, or {len(folders)} names in order"
+    require(not strange, f"{file}: there is no class '{''.join(strange[:1])}'; {advice}")
     return given
 
 
@@ -410,18 +406,10 @@ DATASETS = ["digits", *TORCHVISION, "coco", "folder", "hf"]
 
 
 def load_data(
-    name: str,
-    data_dir: str,
-    size: int,
-    augment: str,
-    per_class: int = 0,
-    seed: int = 0,
-    unlabelled: bool = False,
-    style: float = world.STYLE,
-    class_names: str = "",
-    skip_bad_images: bool = False,
-    prompt: str = "a photo of a {}",
-) -> Data:
+    name: str, data_dir: str, size: int, augment: str, per_class: int = 0, seed: int = 0,
+    unlabelled: bool = False, style: float = world.STYLE, class_names: str = "",
+    skip_bad_images: bool = False, prompt: str = "a photo of a {}",
+) -> Data:  # fmt: skip
     """Loads one of DATASETS.
 
     data_dir: where the files are, or are downloaded to, in torchvision's layouts. coco: `annotations/` beside
@@ -430,7 +418,7 @@ def load_data(
     per_class: draws so many training images of each class; 0 takes all
     unlabelled: also loads stl10's large unlabelled part
     style: of digits only, how far the images differ from the generator's, 0 to 1
-    class_names: a file of class names, see read_class_names; by default `classes.txt` in data_dir, if it exists
+    class_names: a file of class names, see read_class_names; by default `classes.txt` of a folder
     skip_bad_images: leaves out images that cannot be read
     prompt: what a warning of a class name shows it in
 
@@ -448,20 +436,9 @@ def load_data(
     own = Path(data_dir, "classes.txt")
     file = class_names or (own if name in ("folder", "hf") and own.exists() else None)
     data.class_names = name_classes(data.class_names, file and Path(file), prompt)
-    require(
-        len(data.class_names) > 1,
-        f"{data_dir} has one class only, '{data.class_names[0]}'; a classifier needs two; if its folder "
-        "holds the class folders, give that as --data_dir",
-    )
     check_images(data, data_dir, skip_bad_images)
-    check_counts(data, data_dir or name)
+    check_counts(data, data_dir or name, per_class)
     if per_class:
-        counts = np.bincount(data.train.labels)
-        require(
-            counts.min() >= per_class,
-            f"--examples_per_class {per_class}: the class '{data.class_names[counts.argmin()]}' has only "
-            f"{counts.min()} training images",
-        )
         drawn = draw_per_class(data.train.labels, per_class, seed)
         left = np.setdiff1d(np.arange(len(data.train)), drawn)
         data.unlabelled = data.unlabelled or data.train.subset(left)
@@ -473,17 +450,17 @@ def load_data(
     return data
 
 
-def check_counts(data: Data, where: str) -> None:
-    """Raises UserError for a class or a test without images; says if the classes are very unequal."""
+def check_counts(data: Data, where: str, per_class: int) -> None:
+    """Raises UserError if a class or the test has too few images; says if the classes are very unequal."""
     names, counts = data.class_names, np.bincount(data.train.labels, minlength=len(data.class_names))
-    rarest, largest = counts.argmin(), counts.argmax()
-    require(counts[rarest], f"no training images of the class '{names[rarest]}' in {where}")
+    (fewest, rarest), (most, largest) = ((counts[i], names[i]) for i in (counts.argmin(), counts.argmax()))
+    require(fewest, f"no training images of the class '{rarest}' in {where}")
+    too_few = f"--examples_per_class {per_class}: the class '{rarest}' has only {fewest} training images"
+    require(fewest >= per_class, too_few)
     require(len(data.test), f"no test images in {where}")
-    if counts[largest] > 10 * counts[rarest]:
-        say(
-            f"unequal classes: {counts[rarest]} training images of '{names[rarest]}', {counts[largest]} of "
-            f"'{names[largest]}'; --examples_per_class draws as many of each, the class mean counts them alike"
-        )
+    if most > 10 * fewest:
+        advice = "--examples_per_class draws as many of each, the class mean counts them alike"
+        say(f"unequal classes: {fewest} training images of '{rarest}', {most} of '{largest}'; {advice}")
 
 
 def check_images(data: Data, where: str, skip: bool) -> None:
@@ -568,6 +545,8 @@ def split_per_class(labels, share: float, seed: int, at_least: int = 0) -> tuple
 def _data(names: list, splits: dict[str, list[tuple]], where) -> Data:
     """Splits of (source, class) pairs; without a test split, a fifth of each class of train becomes one."""
     index, images = {name: i for i, name in enumerate(names)}, {}
+    advice = "a classifier needs two; if its folder holds the class folders, give that as --data_dir"
+    require(len(names) > 1, f"{where} has one class only, '{', '.join(map(str, names))}'; {advice}")
     for split, pairs in splits.items():
         strange = next((name for _, name in pairs if name not in index), None)
         require(strange is None, f"{where}/{split} has a class '{strange}' that {where}/train does not have")
@@ -598,6 +577,10 @@ def _folder(root: str, names: dict[str, str] = SPLITS) -> Data:
     parts = [(names.get(p.name.lower()), p) for p in folders]
     if len(known) < len(folders) and not any(q.is_dir() for p in known for q in p.iterdir()):
         parts = [("train", root)]  # class folders alone, of which one may be called "train"
+
+    def said(counts):
+        return ", ".join(f"{n} {kind}" for kind, n in counts.most_common())
+
     for split, part in parts:
         if split is None:
             skipped["folders that are no split"] += 1
@@ -605,12 +588,12 @@ def _folder(root: str, names: dict[str, str] = SPLITS) -> Data:
         require(split not in found, f"{root} has two folders for {split}, one is {part.name}; keep one")
         found[split] = _class_files(part, skipped)
         require(found[split], f"{part} has no class folders; {layout}")
-        said = ", ".join(f"{n} {kind}" for kind, n in skipped.most_common())
         for name, files in found[split].items():
-            require(files, f"the class folder {part / name} has no images; skipped: {said or 'nothing'}")
+            empty = f"the class folder {part / name} has no images"
+            require(files, f"{empty}; skipped: {said(skipped) or 'nothing'}")
     require("train" in found, f"{root / 'train'} is missing; {layout}")
     if skipped:
-        say(f"skipped in {root}: " + ", ".join(f"{n} {kind}" for kind, n in skipped.most_common()))
+        say(f"skipped in {root}: {said(skipped)}")
     splits = {s: [(file, name) for name in classes for file in classes[name]] for s, classes in found.items()}
     return _data([*found["train"]], splits, root)
 
@@ -624,16 +607,18 @@ def _class_files(root: Path, skipped: Counter) -> dict[str, list[Path]]:
     stubs = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}  # PIL knows them, but cannot read them by itself
     kinds = {e for e, kind in Image.registered_extensions().items() if kind in Image.OPEN.keys() - stubs}
     heic = dict.fromkeys((".heic", ".heif"), " (convert them to JPEG)")
-    classes, home, followed = {}, root.resolve(), {}
+    classes, home, followed = {}, root.resolve(), set()
 
     def look(folder, images=None):
         for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
             kind = os.path.splitext(entry.name)[1].lower()
             target = Path(entry).resolve() if entry.is_symlink() else None
-            back = target and (target.is_relative_to(home) or home.is_relative_to(target))
+            again = target in followed or target and (target in home.parents or target.is_relative_to(home))
+            if target:
+                followed.add(target)
             if STRAY.match(entry.name):
                 skipped["hidden"] += 1
-            elif back or followed.get(target):
+            elif again:
                 skipped["links to what was there already"] += 1
             elif entry.is_dir():
                 look(entry, classes.setdefault(entry.name, []) if images is None else images)
@@ -645,7 +630,6 @@ def _class_files(root: Path, skipped: Counter) -> dict[str, list[Path]]:
                 skipped["files outside of class folders"] += 1
             else:
                 images.append(Path(entry))
-            followed[target] = bool(target)
 
     look(root)
     return classes
@@ -661,10 +645,9 @@ def _hf(root: str) -> Data:
     import datasets
 
     root, _, chosen = root.partition("#")
-    path, (owner, *more) = Path(root), root.split("/", 2)
+    path, hub = Path(root), re.fullmatch(r"(\w[\w.-]*(?:/[\w.-]+)?)(?:/([\w.-]+))?", root)
     advice = "give OWNER/NAME of the hub, which needs a network, or a local folder"
-    known = path.exists() or re.fullmatch(r"\w[\w.-]*(/[\w.-]+){0,2}", root)
-    require(known, f"there is no data set '{root}'; {advice}")
+    require(path.exists() or hub, f"there is no data set '{root}'; {advice}")
     try:
         if any((path / file).exists() for file in ("dataset_dict.json", "state.json")):
             loaded = datasets.load_from_disk(root)
@@ -673,7 +656,7 @@ def _hf(root: str) -> Data:
         elif path.exists():
             loaded = datasets.load_dataset(root)
         else:
-            loaded = datasets.load_dataset("/".join([owner, *more[:1]]), *more[1:])
+            loaded = datasets.load_dataset(*hub.groups())
     except Exception as error:
         raise UserError(f"cannot load the data set '{root}' ({shorten(error)}); {advice}") from None
     if not isinstance(loaded, dict):
@@ -707,13 +690,12 @@ def _columns(features, chosen: str, root: str) -> tuple[str, str]:
     images = of(datasets.Image) + [c for c in of(dict) if "bytes" in features[c]]
     require(images, f"'{root}' has no column of images, but {', '.join(features)}")
     kinds = ("int", "uint", "bool", "string", "large_string")
-    labels = of(datasets.ClassLabel) or [c for c in of(datasets.Value) if features[c].dtype.startswith(kinds)]
+    values = [c for c in of(datasets.Value) if features[c].dtype.startswith(kinds)]
+    labels = of(datasets.ClassLabel) or values
     usual = [c for c in labels if c in ("label", "labels", "class", "target")]
     labels = [chosen] if chosen else usual if len(usual) == 1 else labels
-    require(
-        labels and labels[0] in features,
-        f"'{root}' has no column of labels {chosen}, but {', '.join(features)}",
-    )
+    found = labels and labels[0] in features
+    require(found, f"'{root}' has no column of labels {chosen}, but {', '.join(features)}")
     choice = f"choose one, as in --data_dir {root}#{labels[0]}"
     require(len(labels) == 1, f"labels of '{root}' could be {', '.join(labels)}; {choice}")
     return images[0], labels[0]
@@ -856,10 +838,8 @@ def build_classifier(
         return model
     if name == "clip":
         return Normalised(CLIPClassifier(clip, class_names), *CLIP_MEAN_STD)
-    known = timm.is_model(name)
-    require(
-        known, f"unknown classifier '{name}'; choose small_cnn, clip or a model of timm, such as resnet50"
-    )
+    choices = "choose small_cnn, clip or a model of timm, such as resnet50"
+    require(timm.is_model(name), f"unknown classifier '{name}'; {choices}")
     options = {"num_classes": len(class_names), "pretrained": pretrained}
     try:
         try:
@@ -867,9 +847,8 @@ def build_classifier(
         except TypeError:
             model = timm.create_model(name, **options)
     except (OSError, RuntimeError) as error:
-        raise UserError(
-            f"the classifier {name} cannot be loaded for {size} pixels ({shorten(error)})"
-        ) from None
+        what = f"the classifier {name} cannot be loaded for {size} pixels"
+        raise UserError(f"{what} ({shorten(error)})") from None
     if size <= 64:
         model = as_on_cifar(model, len(class_names))
     return Normalised(model, model.pretrained_cfg["mean"], model.pretrained_cfg["std"])
@@ -882,10 +861,8 @@ def as_on_cifar(model: nn.Module, classes: int) -> nn.Module:
     from timm.models.vgg import VGG
 
     if isinstance(model, ResNet):
-        model.conv1, model.maxpool = (
-            nn.Conv2d(3, model.conv1.out_channels, 3, 1, 1, bias=False),
-            nn.Identity(),
-        )
+        model.conv1 = nn.Conv2d(3, model.conv1.out_channels, 3, 1, 1, bias=False)
+        model.maxpool = nn.Identity()
     if isinstance(model, VGG):
         model.pre_logits, model.head = nn.Identity(), ClassifierHead(512, classes)
     return model
@@ -932,12 +909,9 @@ def native_dtype(device: torch.device) -> torch.dtype:
 
 
 def load_pipeline(
-    model_id: str,
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype | None = None,
-    gradient_checkpointing: bool = False,
-    lora: str | None = None,
-):
+    model_id: str, device: torch.device | str = "cpu", dtype: torch.dtype | None = None,
+    gradient_checkpointing: bool = False, lora: str | None = None,
+):  # fmt: skip
     """Loads a frozen StableDiffusionPipeline with DDPM sampling and without safety checker.
 
     dtype: by default native_dtype(device)
@@ -974,16 +948,17 @@ def load_pipeline(
 def check_kind(pipe, model_id: str) -> None:
     """Raises UserError if the pipeline is not a text-to-image Stable Diffusion 1 or 2."""
     unet, latents = pipe.unet.config, pipe.vae.config.latent_channels
-    kind = f"'{model_id}' is not a text-to-image Stable Diffusion 1 or 2: "
-    require(unet.addition_embed_type is None, f"{kind}its U-Net wants further conditions, as SDXL's does")
-    require(
-        unet.in_channels == unet.out_channels == latents,
-        f"{kind}its U-Net takes {unet.in_channels} channels for {latents} latent ones, as for inpainting",
-    )
-    width = pipe.text_encoder.config.hidden_size
-    require(unet.cross_attention_dim == width, f"{kind}its text encoder does not fit its U-Net")
-    distilled = f"{kind}its U-Net wants the guidance scale, as an LCM's does; give its base model with an LCM"
-    require(unet.time_cond_proj_dim is None, f"{distilled} as --lora")
+    channels = f"its U-Net takes {unet.in_channels} channels for {latents} latent ones, as for inpainting"
+    lcm = "its U-Net wants the guidance scale, as an LCM's does; give its base model with an LCM as --lora"
+    text_fits = unet.cross_attention_dim == pipe.text_encoder.config.hidden_size
+    right = {
+        "its U-Net wants further conditions, as SDXL's does": unet.addition_embed_type is None,
+        channels: unet.in_channels == unet.out_channels == latents,
+        "its text encoder does not fit its U-Net": text_fits,
+        lcm: unet.time_cond_proj_dim is None,
+    }
+    for problem, absent in right.items():
+        require(absent, f"'{model_id}' is not a text-to-image Stable Diffusion 1 or 2: {problem}")
 
 
 def fuse_lora(pipe, path: str) -> None:
@@ -1069,9 +1044,8 @@ def ddim(pipe, steps: int, strength: float):
 
 def generator(*key: int) -> torch.Generator:
     """A CPU generator seeded by any integers. One per image makes draws independent of batch and device."""
-    return torch.Generator().manual_seed(
-        int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
-    )
+    seed = np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1
+    return torch.Generator().manual_seed(int(seed))
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1352,14 +1326,11 @@ def scores(logits: torch.Tensor, labels: torch.Tensor) -> dict:
 
 def confidence_interval(values) -> tuple[float, float]:
     """The mean, and half the width of the 95 % interval (Student's t), which is NaN for a single value."""
-    from scipy.stats import t
+    from scipy.stats import sem, t
 
     values = np.asarray(values, float)
-    if len(values) < 2:
-        return float(values.mean()), math.nan
-    return float(values.mean()), float(
-        t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values))
-    )
+    half = t.ppf(0.975, len(values) - 1) * sem(values) if len(values) > 1 else math.nan
+    return float(values.mean()), float(half)
 
 
 def interval_text(values, sign: str = "") -> str:
@@ -1386,9 +1357,8 @@ class Run:
     """
 
     # arguments that may change when a run goes on
-    FREE = (
-        "out overwrite data_dir seeds workers generation_batch_size gradient_checkpointing report_to".split()
-    )
+    FREE = {"out", "overwrite", "data_dir", "seeds", "workers", "report_to"}
+    FREE |= {"generation_batch_size", "gradient_checkpointing"}
 
     def __init__(self, args, accelerator, free: tuple[str, ...] = ()):
         """Opens or creates the folder args.out. `free` names more arguments that may change, beside FREE.
@@ -1399,39 +1369,35 @@ class Run:
         self.wait = accelerator.wait_for_everyone
         self.config, self.logs, self.line, self.plan, self.done = dict(vars(args)), {}, {}, {}, {}
         if self.main:
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = FileLock(self.path / ".lock", blocking=False)
-            try:
-                self._lock.acquire()
-            except Timeout:
-                raise UserError(
-                    f"another process is running in {self.path}; wait for it or give another --out"
-                ) from None
-            except OSError as error:
-                if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
-                    raise
-                print(f"warning: files in {self.path} cannot be locked; start no second run in it")
-            if args.overwrite:
+            self._lock()
+            if args.overwrite and (self.path / "config.json").exists():  # else it is no run's folder
                 self._empty()
-            self._compare({*self.FREE, *free})
+            old = read_file(self.path / "config.json", {"args": self.config})["args"]
+            for key, now in self.config.items():
+                change = f"holds a run with --{key} {old.get(key)}, this one has --{key} {now}"
+                same = key in self.FREE or key in free or old.get(key) == now
+                require(same, f"{self.path} {change}; give another --out, or --overwrite")
         self.wait()
         self.seconds = read_file(self.path / "seconds.json", {})
 
-    def _empty(self) -> None:
-        if (self.path / "config.json").exists():  # else it is no run's folder
-            # config.json goes last: without it, what is left would count as no run's
-            for old in sorted(self.path.iterdir(), key=lambda path: path.name == "config.json"):
-                if old.name != ".lock":
-                    shutil.rmtree(old) if old.is_dir() else old.unlink()
+    def _lock(self) -> None:
+        self.path.mkdir(parents=True, exist_ok=True)
+        self.lock = FileLock(self.path / ".lock", blocking=False)
+        try:
+            self.lock.acquire()
+        except Timeout:
+            message = f"another process is running in {self.path}; wait for it or give another --out"
+            raise UserError(message) from None
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                raise
+            print(f"warning: files in {self.path} cannot be locked; start no second run in it")
 
-    def _compare(self, free: set[str]) -> None:
-        old = read_file(self.path / "config.json", {"args": self.config})["args"]
-        for key, value in self.config.items():
-            require(
-                key in free or old.get(key) == value,
-                f"{self.path} holds a run with --{key} {old.get(key)}, this one has --{key} {value}; "
-                "give another --out, or --overwrite to start afresh",
-            )
+    def _empty(self) -> None:
+        # config.json goes last: without it, what is left would count as no run's
+        for old in sorted(self.path.iterdir(), key=lambda path: path.name == "config.json"):
+            if old.name != ".lock":
+                shutil.rmtree(old) if old.is_dir() else old.unlink()
 
     def result(self) -> dict | None:
         """Returns the result of a finished run, and says that it is finished; else None."""
@@ -1459,11 +1425,11 @@ class Run:
         """
         total, over = 0.0, ""
         for title, (count, unit) in self.plan.items():
-            begun = [t for t in self.plan if self.done.get(t) and self.plan[t][1] == unit]
-            begun = [title] if title in begun else begun
-            rest, done = int(count) - self.done.get(title, 0), sum(self.done[t] for t in begun)
+            alike = [t for t, (_, u) in self.plan.items() if u == unit and self.done.get(t)]
+            alike = [title] if title in alike else alike
+            rest, done = int(count) - self.done.get(title, 0), sum(self.done[t] for t in alike)
             over = "over " if rest > 0 and not done else over
-            total += max(0, rest) * sum(self.seconds.get(t, 0.0) for t in begun) / max(1, done)
+            total += max(0, rest) * sum(self.seconds.get(t, 0.0) for t in alike) / max(1, done)
         return f"whole run: {over}{tqdm.format_interval(total)} left" if self.plan else ""
 
     def write(self, name: str, value) -> None:
@@ -1512,9 +1478,8 @@ class Run:
         """
         causes = [f"--{k}" for k in ("guidance_scale", "noise_scale", "sigmas", "nu") if k in self.config]
         advice = f"lower {' or '.join(causes)}, or give another --diffusion"
-        broken = [f for f, image in zip(files, images, strict=True) if not image.isfinite().all()]
-        require(not broken, f"the image {''.join(f.name for f in broken[:1])} came out as NaN; {advice}")
         for i, file in enumerate(files):
+            require(images[i].isfinite().all(), f"the image {file.name} came out as NaN; {advice}")
             if latents is not None:
                 write_file(self.path / "latents" / f"{file.stem}.pt", latents[i].cpu().clone())
             save_png(images[i], file)
@@ -1602,25 +1567,24 @@ def slug(text: str) -> str:
 
 
 def write_file(path: Path, value) -> None:
-    """Writes a file whole or not at all: .json, .jsonl (a list of records), .pt (tensors) or text.
+    """Writes a file whole or not at all: .json, .jsonl (records), .pt (tensors), .png (an image) or text.
 
     The file is written beside its place and then renamed, so a reader sees the old one or the new one.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    if path.suffix == ".pt":
-        torch.save(value, buffer := io.BytesIO())  # to a file, it may hide that the disk is full
-        with open(temporary, "wb") as f:
+    with open(temporary, "wb") as f:
+        if path.suffix == ".pt":
+            torch.save(value, buffer := io.BytesIO())  # to a file, it may hide that the disk is full
             f.write(buffer.getbuffer())
             f.flush()
             os.fsync(f.fileno())
-    else:
-        if path.suffix == ".jsonl":
-            lines = (json.dumps(line) + "\n" for line in value)
+        elif path.suffix == ".png":
+            to_pil(value).save(f, format="PNG")
+        elif path.suffix == ".jsonl":
+            f.writelines(f"{json.dumps(line)}\n".encode() for line in value)
         else:
-            lines = [json.dumps(value, indent=1) if path.suffix == ".json" else value]
-        with open(temporary, "w", encoding="utf-8") as f:
-            f.writelines(lines)
+            f.write((json.dumps(value, indent=1) if path.suffix == ".json" else value).encode())
     os.replace(temporary, path)
 
 
@@ -1639,9 +1603,8 @@ def read_file(path: Path, default=None):
             return [json.loads(line) for line in text.splitlines()]
         return json.loads(text) if path.suffix == ".json" else text
     except Exception as error:
-        raise UserError(
-            f"cannot read {path} ({str(error)[:80]}); delete it or give --overwrite to start afresh"
-        ) from None
+        message = f"cannot read {path} ({str(error)[:80]}); delete it, or start afresh with --overwrite"
+        raise UserError(message) from None
 
 
 def class_folders(class_names: list[str]) -> list[str]:
@@ -1671,9 +1634,8 @@ def read_records(folder: Path, class_names: list[str]) -> list[dict]:
         strange = [name for name, y in pairs if [name] != class_names[y : y + 1]]
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"--synthetic: no images with metadata in {folder} ({error})") from None
-    require(
-        not strange, f"--synthetic: {folder} has images of another data set's class '{''.join(strange[:1])}'"
-    )
+    other = f"{folder} has images of another data set's class '{''.join(strange[:1])}'"
+    require(not strange, f"--synthetic: {other}")
     require(records, f"--synthetic: the images in {folder} are missing")
     return records
 
@@ -1685,25 +1647,19 @@ def to_pil(image: torch.Tensor) -> Image.Image:
 
 def save_png(image: torch.Tensor, path: Path) -> None:
     """Writes an image [3, H, W] in [0, 1] as a PNG file, whole or not at all; makes its folder if need be."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    to_pil(image).save(temporary, format="PNG")
-    os.replace(temporary, path)
+    write_file(path, image)
 
 
 def save_grid(images: torch.Tensor, path: Path, columns: int, scale: int = 1) -> None:
     """Writes images [N, 3, H, W] in [0, 1] as one PNG grid; each pixel is enlarged `scale` times."""
     from torchvision.utils import make_grid
 
-    path.parent.mkdir(parents=True, exist_ok=True)
     grid = make_grid(F.interpolate(images.float().cpu(), scale_factor=scale), nrow=columns, pad_value=1.0)
-    to_pil(grid.clamp(0, 1)).save(path)
+    write_file(path, grid.clamp(0, 1))
 
 
 def save_captioned(images: list, captions: list[str], path: Path, columns: int) -> None:
     """Draws PIL images, or image files, in a grid, a caption under each."""
-    from matplotlib.figure import Figure
-
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = math.ceil(len(images) / columns)
     figure = Figure(figsize=(1.9 * columns, 2.2 * rows), layout="constrained")
@@ -1716,12 +1672,8 @@ def save_captioned(images: list, captions: list[str], path: Path, columns: int) 
     figure.savefig(path, dpi=110)
 
 
-def save_reliability(
-    series: dict[str, tuple[torch.Tensor, torch.Tensor]], path: Path, bins: int = 10
-) -> None:
+def save_reliability(series: dict[str, tuple], path: Path, bins: int = 10) -> None:
     """Draws a reliability diagram, accuracy over confidence, of (logits [N, K], labels [N]) for each name."""
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(4, 4), layout="constrained")
     axes = figure.subplots()
     axes.plot([0, 1], [0, 1], "k:")
@@ -1739,15 +1691,10 @@ def save_reliability(
 
 def save_curves(series: dict[str, list[dict]], path: Path) -> None:
     """Draws accuracy, loss and the quality of pseudo-labels, if there are any, over epochs, per series."""
-    from matplotlib.figure import Figure
-
-    lines = list(itertools.chain(*series.values()))
-    tested, labelled = (any(key in line for line in lines) for key in ("test", "labelled"))
-    panels = {
-        "accuracy (%)": {"test": "-", "test_ood": "--"} if tested else {"val": "-"},
-        "training loss": {"loss": "-"},
-    }
-    if labelled:
+    known = set(itertools.chain(*itertools.chain(*series.values())))
+    accuracies = {"test": "-", "test_ood": "--"} if "test" in known else {"val": "-"}
+    panels = {"accuracy (%)": accuracies, "training loss": {"loss": "-"}}
+    if "labelled" in known:
         panels["pseudo-labels (%)"] = {"labelled": "-", "label_accuracy": "--", "seed_accuracy": ":"}
     figure = Figure(figsize=(5 * len(panels), 3.6), layout="constrained")
     for axes, (title, keys) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
@@ -1815,9 +1762,7 @@ class RunArgs:
     examples_per_class: int | None = number("[0, 1e9]", "real training images per class; 0 takes all")
     classifier: str | None = HfArg(default=None, help="small_cnn, clip, or any model of timm")
     pretrained: bool | None = HfArg(default=None, help="start from pretrained weights")
-    clip: str = HfArg(
-        default="openai/clip-vit-base-patch32", help="CLIP model id or folder, where CLIP is used"
-    )
+    clip: str = HfArg(default="openai/clip-vit-base-patch32", help="CLIP model, where CLIP is used")
     image_size: int | None = number("[8, 1024]", "side of the classifier's images in pixels")
     augment: str | None = HfArg(
         default=None, help="digits, crop, resized, squeezed, zoomed or none; also with +randaugment after it"
@@ -1838,11 +1783,8 @@ def cli(main, args_class, recipes: dict[str, dict] | None = None) -> None:
     """
     if isinstance(sys.stdout, io.TextIOWrapper):  # it may lack letters, as in a file on Windows
         sys.stdout.reconfigure(errors="replace")
-    parser = HfArgumentParser(
-        args_class,
-        description=sys.modules["__main__"].__doc__.strip().split("\n")[0],
-        usage=argparse.SUPPRESS,
-    )
+    about = sys.modules["__main__"].__doc__.strip().split("\n")[0]
+    parser = HfArgumentParser(args_class, description=about, usage=argparse.SUPPRESS)
     if recipes:
         first = argparse.ArgumentParser(add_help=False, exit_on_error=False)
         first.add_argument("--dataset", nargs="?", default="digits")
@@ -1862,16 +1804,12 @@ def cli(main, args_class, recipes: dict[str, dict] | None = None) -> None:
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
-        message = (
-            "a loading process died; give less --workers, or a container more shared memory (--shm-size)"
-        )
+        message = "a loading process died; lower --workers, or give a container more --shm-size"
     except OSError as error:
         if error.errno is None:
             raise
         where = f" {error.filename}" if error.filename else ""
-        message = (
-            f"cannot read or write{where}: {error.strerror}; mend this or give another --out, then go on"
-        )
+        message = f"cannot read or write{where}: {error.strerror}; mend this or give another --out"
     except KeyboardInterrupt:
         message = "stopped; the same command goes on from here"
     print(f"{name}: error: {message}", file=sys.stderr)
@@ -1891,8 +1829,9 @@ def fill_recipe(args: RunArgs, recipes: dict[str, dict], method: str) -> RunArgs
     check_choice("dataset", args.dataset, DATASETS)
     recipe = recipe_of(recipes, args.dataset, args.classifier)
     args = dataclasses.replace(args, **{k: v for k, v in recipe.items() if getattr(args, k) is None})
-    paths = {k: os.path.expanduser(v) for k, v in vars(args).items() if isinstance(v, str)}  # ~ is home
-    args = dataclasses.replace(args, **paths)
+    for key, value in vars(args).items():
+        if isinstance(value, str):
+            setattr(args, key, os.path.expanduser(value))
     args.out = args.out or f"runs/{method}-{args.dataset}{'-ladder' if args.ladder else ''}-s{args.seed}"
     count = args.prompt.count("{}")
     require(count == 1, f"--prompt '{args.prompt}' must have one {{}} for the class name, not {count}")
@@ -1917,9 +1856,10 @@ def check_training(args: RunArgs, accelerator, data: Data) -> None:
 
 def data_of(args: RunArgs, unlabelled: bool = False) -> Data:
     """The data set that the arguments name; see load_data."""
-    few, rest = args.examples_per_class, (args.style, args.class_names, args.skip_bad_images, args.prompt)
-    size, augment, seed = args.image_size, args.augment, args.seed
-    return load_data(args.dataset, args.data_dir, size, augment, few, seed, unlabelled, *rest)
+    return load_data(
+        args.dataset, args.data_dir, args.image_size, args.augment, args.examples_per_class, args.seed,
+        unlabelled, args.style, args.class_names, args.skip_bad_images, args.prompt,
+    )  # fmt: skip
 
 
 def report(result: dict[str, dict], out: str) -> None:

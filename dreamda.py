@@ -741,10 +741,8 @@ def train(args: Args, run: common.Run, accelerator, data: common.Data, pool: Poo
 
     Returns its scores on each split, and the pool's final targets [N, K] and which are labelled [N].
     """
-    heads = args.heads if labels == "amst" else 0
-    net, model, optimizer = common.new_classifier(
-        args, accelerator, data.class_names, lambda net: MultiHead(net, heads)
-    )
+    heads, names = args.heads if labels == "amst" else 0, data.class_names
+    net, model, optimizer = common.new_classifier(args, accelerator, names, lambda net: MultiHead(net, heads))
     weights = args.auxiliary_weight, args.orthogonality_weight, args.consistency_weight if heads else 0.0
     views, strong_view = make_views(args.image_size, args.augment, heads)
     real = data.train.transformed(views)

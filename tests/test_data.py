@@ -178,7 +178,7 @@ def test_a_name_that_is_a_number_warns_with_its_prompt(capsys, folder, name):
 
 def test_names_that_read_alike_warn(capsys):
     assert common.name_classes(["Owl", "owl", "cat"], None, "{}") == ["Owl", "owl", "cat"]
-    assert "class 'Owl' will read \"Owl\", another class's, too (2 names are such)" in capsys.readouterr().out
+    assert "class 'Owl' will read \"Owl\", another class's, too (2 of 3 classes)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
