@@ -250,10 +250,10 @@ class Transform:
 def shift(x: torch.Tensor, u: torch.Tensor, padding: int, mode: str) -> torch.Tensor:
     """Random crops [B, 3, S, S] of padded images, u: [B, 2]. mode: "constant" (black) or "reflect"."""
     (B, C, S, _), offset = x.shape, (u * (2 * padding + 1)).long()
-    rows, columns = (offset[:, k, None] + torch.arange(S, device=x.device) for k in (0, 1))  # [B, S]
-    batch, channel = torch.arange(B, device=x.device)[:, None, None, None], torch.arange(C)[:, None, None]
-    padded = F.pad(x, [padding] * 4, mode)
-    return padded[batch, channel.to(x.device), rows[:, None, :, None], columns[:, None, None, :]]
+    batch, channel, place = (torch.arange(n, device=x.device) for n in (B, C, S))
+    rows, columns = (offset[:, k, None] + place for k in (0, 1))  # [B, S]
+    at = batch[:, None, None, None], channel[:, None, None], rows[:, None, :, None], columns[:, None, None, :]
+    return F.pad(x, [padding] * 4, mode)[at]
 
 
 def flip(x: torch.Tensor, u: torch.Tensor) -> torch.Tensor:

@@ -1,10 +1,9 @@
 """Trains the embedded Stable Diffusion and the two classifiers beside it, on the web pool of the digits.
 
-    python digits/pretrain.py                        the weights in digits/, an hour on two cores
+    python digits/pretrain.py                        an hour and a half on two cores
     python digits/pretrain.py --folder mydigits      the same, but the weights in digits/ stay as they are
-    python digits/pretrain.py --confusion 0 --variety 898 --folder clean      the generator of digits/sd_clean
-    python digits/pretrain.py --start digits/sd_clean --steps 2000 --lr 7e-4 --confusion 0.3 --folder other
-                                                     a generator fine-tuned on other captions, ten minutes
+    python digits/pretrain.py --start digits/sd --confusion 0.45 --steps 2000 --lr 7e-4 --folder mydigits
+                                                     ten minutes: the generator, confused by other captions
 
 The stages, in order:
     render_web           the generator's images and captions
@@ -46,15 +45,15 @@ class Args:
     folder: str = HfArg(default=str(judge.FOLDER), help="folder that the trained weights are written to")
     out: str = HfArg(default="runs/pretrain", help="folder of the stages' results and of the checkpoint")
     overwrite: bool = HfArg(default=False, help="start afresh if --out holds a training")
-    confusion: float = number("[0, 1)", "share of captions that name the look-alike of the digit", 0.45)
-    variety: int = number("[10, 898]", "digits that the generator sees", 300)
+    confusion: float = number("[0, 1)", "share of captions that name the look-alike of the digit", 0.0)
+    variety: int = number("[10, 898]", "digits that the generator sees", 898)
     start: str | None = HfArg(default=None, help="fine-tune this Stable Diffusion's U-Net and text encoder")
     images: int = number("[1, 1e7]", "renders of the web pool", 40000)
     backbone_copies: int = number("[1, 1e4]", "renders of each digit for the backbone", 16)
     backbone_steps: int = number("[1, 1e7]", "steps of the backbone, batch 64", 2500)
     oracle_epochs: int = number("[1, 1e4]", "epochs of the oracle, batch 64", 6)
     vae_steps: int = number("[1, 1e7]", "steps of the autoencoder, batch 64", 2500)
-    steps: int = number("[1, 1e7]", "steps of the U-Net and the text encoder", 6000)
+    steps: int = number("[1, 1e7]", "steps of the U-Net and the text encoder", 9000)
     batch_size: int = number("[1, 1e5]", "batch size of the U-Net", 64)
     lr: float = number("(0, 1]", "peak learning rate of the U-Net", 1.5e-3)
     save_every: int = number("[1, 1e7]", "steps of the U-Net from one checkpoint to the next", 500)

@@ -299,7 +299,7 @@ def bank(n: int, folder: Path) -> None:
     common.write_file(folder / "latents" / "0.pt", torch.zeros(4, 16, 16, dtype=torch.float16))
     for epoch in range(65):
         rows = range(epoch * n // 65, (epoch + 1) * n // 65)
-        synthetic.add(run, [dict(file_name="0.png", label=i % 1000, guided=True) for i in rows], 224)
+        synthetic.add(run, [dict(file_name="0.png", label=i % 1000, guided=True) for i in rows])
         labels = torch.arange(8)
         actgen.draw_banks(synthetic.bank, labels, labels >= 0, generators(8), "cpu")
     assert sum(map(len, synthetic.bank.values())) == n

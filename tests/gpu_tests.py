@@ -89,7 +89,7 @@ def data():
         pool = world.render_pool(world.pools()["train" if i < 2 else "test"], 80 if i == 0 else 20, seed=i)
         splits[name] = [Image.fromarray(image) for image in pool["images"].numpy()], pool["labels"].tolist()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(world, "splits", lambda: splits)
+        patch.setattr(world, "splits", lambda style: splits)
         yield common.load_data("digits", "", 32, "digits", per_class=4)
 
 
@@ -177,12 +177,12 @@ def test_the_memory_bank(pipe, on_gpu, engine, sources, tmp_path):
         run = common.Run(
             SimpleNamespace(out=tmp_path / generator.device.type, overwrite=False), engine(generator.device)
         )
-        synthetic, out = actgen.Synthetic(None), guided(generator, sources)
+        synthetic, out = actgen.Synthetic(common.make_transforms(32, "none")[1]), guided(generator, sources)
         records = [dict(file_name=f"{i}.png", label=int(y), guided=True) for i, y in enumerate(sources[1])]
         run.keep(out.images, [run.path / "synthetic" / r["file_name"] for r in records], out.latents)
-        synthetic.add(run, records, 32)
+        synthetic.add(run, records)
         assert {z.device.type for latents in synthetic.bank.values() for z in latents} == {"cpu"}
-        images.append(np.stack(synthetic.images.sources).astype(int))
+        images.append(np.stack(synthetic.images.kept).astype(int))
         again.append(guided(generator, sources, bank=synthetic.bank, adversarial_weight=0.0).images)
     assert np.abs(images[0] - images[1]).max() <= 1
     assert_same(*again)
@@ -328,7 +328,9 @@ def test_training_and_evaluation(engine, data, optimizer):
 def test_training_reads_nothing_from_the_device_until_an_epoch_ends(engine, data):
     _, _, train = new_training(engine(GPU), data)
     short, long = (pretend_gpu.waits(lambda n=n: train(0, n)) for n in (8, 24))
-    assert short["read"] == long["read"] and long["upload"] - short["upload"] == 2 * 2  # images and labels
+    assert (
+        short["read"] == long["read"] and long["upload"] - short["upload"] == 2 * 3
+    )  # images, draws, labels
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])

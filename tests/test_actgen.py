@@ -322,12 +322,12 @@ def test_only_guided_images_enter_the_memory_bank(tmp_path):
     for i in range(4):
         common.write_file(tmp_path / "latents" / f"{i}.pt", torch.full((4, 2, 2), float(i)))
         common.save_png(torch.full((3, 8, 8), i / 8), tmp_path / "synthetic" / f"{i}.png")
-    run, synthetic = SimpleNamespace(path=tmp_path), actgen.Synthetic(None)
+    run, synthetic = SimpleNamespace(path=tmp_path), actgen.Synthetic(common.make_transforms(8, "none")[1])
     for part in (records[:3], records[3:]):
-        synthetic.add(run, part, 8)
+        synthetic.add(run, part)
     assert {y: [z[0, 0, 0] for z in bank] for y, bank in synthetic.bank.items()} == {3: [0, 3], 5: [2]}
     assert synthetic.images.labels == [3, 3, 5, 3] and synthetic.records == records
-    assert [image.getpixel((0, 0))[0] for image in synthetic.images.sources] == [0, 32, 64, 96]
+    assert [int(image[0, 0, 0]) for image in synthetic.images.kept] == [0, 32, 64, 96]
 
 
 def test_the_sampler_takes_gradient_steps_only_where_there_is_a_loss(pipe, guides, oracle, monkeypatch):

@@ -44,8 +44,8 @@ def classes(root, *names, count=5):
     return root
 
 
-def load(root, name="folder", **options):
-    return common.load_data(name, str(root), 16, "none", **options)
+def load(root, name="folder", size=16, **options):
+    return common.load_data(name, str(root), size, "none", **options)
 
 
 def files(images):
@@ -329,17 +329,17 @@ def test_good_images_are_opened_once_and_changed_ones_again(tmp_path, monkeypatc
     )
     classes(tmp_path, "cat", "dog")
     for expected in (10, 0):
-        load(tmp_path)
+        load(tmp_path, size=80)
         assert len(opened) == expected
         opened.clear()
     write(tmp_path / "cat" / "new.png")
     os.utime(tmp_path / "dog" / "3.png", (1, 1))
-    load(tmp_path)
+    load(tmp_path, size=80)
     assert sorted(opened) == ["3.png", "new.png"]
     damage(tmp_path, "cat/new.png")
     for _ in range(2):
         with pytest.raises(common.UserError, match="1 of 11 images: .*new.png"):
-            load(tmp_path)
+            load(tmp_path, size=80)
 
 
 def test_without_a_place_to_remember_images_are_still_checked(tmp_path, monkeypatch):
@@ -585,11 +585,11 @@ def test_images_of_the_hub_are_opened_once(tmp_path, monkeypatch):
     )
     parquet(tmp_path, train=hub_data(), test=hub_data((2, 2)))
     for expected in (14, 0):
-        load(tmp_path, "hf")
+        load(tmp_path, "hf", size=80)
         assert len(opened) == expected
         opened.clear()
     parquet(tmp_path, train=hub_data((6, 6)))
-    load(tmp_path, "hf")
+    load(tmp_path, "hf", size=80)
     assert len(opened) >= 12
 
 

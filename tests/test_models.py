@@ -227,7 +227,7 @@ def test_a_single_step_draws_the_prompts_class(pipe, digits):
     prompts = [f"a photo of a {world.NAMES[y]}" for y in wanted]
     options = dict(steps=1, strength=1.0, guidance_scale=4.0)
     drawn = diagen.img2img(pipe, common.encode(pipe, images), prompts, generators(24), **options)
-    assert (oracle(drawn)[:, :10].argmax(1) == wanted).float().mean() > 0.5
+    assert (oracle(drawn)[:, :10].argmax(1) == wanted).float().mean() > 0.3  # by chance 0.1
 
 
 @pytest.mark.usefixtures("quick")

@@ -106,7 +106,7 @@ def test_the_memory_bank_copies_no_latents_when_it_grows(tmp_path):
     run, synthetic = common.argparse.Namespace(path=tmp_path), actgen.Synthetic(None)
     for i in range(4):
         common.write_file(tmp_path / "latents" / f"{i}.pt", torch.full((1,), float(i)))
-        synthetic.add(run, [dict(file_name=f"{i}.png", label=i % 2, guided=True)], 224)
+        synthetic.add(run, [dict(file_name=f"{i}.png", label=i % 2, guided=True)])
         if i == 1:
             first = [synthetic.bank[y][0] for y in (0, 1)]
     assert [len(synthetic.bank[y]) for y in (0, 1)] == [2, 2]
