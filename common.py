@@ -23,7 +23,7 @@ import shutil
 import sys
 import textwrap
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -119,9 +119,8 @@ class Images(torch.utils.data.Dataset):
 
     def subset(self, indices, transform=None) -> "Images":
         """The images `indices`, with another transform if one is given."""
-        sources, labels, kept = (
-            values and [values[int(i)] for i in indices] for values in (self.sources, self.labels, self.kept)
-        )
+        parts = [v and [v[int(i)] for i in indices] for v in (self.sources, self.labels, self.kept)]
+        sources, labels, kept = parts
         return Images(sources, labels, self.transform, kept).transformed(transform or self.transform)
 
     def transformed(self, transform) -> "Images":
@@ -466,8 +465,7 @@ def check_counts(data: Data, where: str, per_class: int) -> None:
 def check_images(data: Data, where: str, skip: bool) -> None:
     """Opens every image that is not in memory; CACHE remembers the good ones, which are not opened again.
 
-    Raises UserError, which lists the unreadable ones, unless `skip`, which leaves them out of the data. Warns
-    of images that are nearly black or of one colour.
+    Raises UserError, which lists the unreadable ones, or leaves them out if `skip`. Warns of blank images.
     """
     sources = {_stamp(source): source for images in data.splits().values() for source in images.sources}
     sources.pop(0, None)
@@ -535,10 +533,8 @@ def draw_per_class(labels, per_class: int, seed: int) -> np.ndarray:
 def split_per_class(labels, share: float, seed: int, at_least: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Holds out a random `share` of each class, at least `at_least` images: indices (others, held out)."""
     rng = np.random.default_rng(seed)
-    held = [
-        rng.permutation(members)[: max(at_least, round(share * len(members)))] for members in by_class(labels)
-    ]
-    held = np.sort(np.concatenate(held)).astype(int)
+    counted = [(members, max(at_least, round(share * len(members)))) for members in by_class(labels)]
+    held = np.sort(np.concatenate([rng.permutation(members)[:n] for members, n in counted])).astype(int)
     return np.setdiff1d(np.arange(len(labels)), held), held
 
 
@@ -1036,10 +1032,9 @@ def ddim(pipe, steps: int, strength: float):
         timesteps = scheduler.timesteps[steps - used :]
         if timesteps[0] < trained:
             return scheduler, timesteps
-    raise UserError(
-        f"--steps {steps} with --strength {strength} leaves no step that the model was trained for; "
-        f"choose --strength up to 1, --steps below {trained}, and their product at least 1"
-    )
+    advice = f"choose --strength up to 1, --steps below {trained}, and their product at least 1"
+    none = f"--steps {steps} with --strength {strength} leaves no step that the model was trained for"
+    raise UserError(f"{none}; {advice}")
 
 
 def generator(*key: int) -> torch.Generator:
@@ -1291,10 +1286,7 @@ def predict(model, images: Images, accelerator, workers: int = 0, batch_size: in
 
 
 def evaluate(model, data: Data, accelerator, workers: int = 0) -> dict[str, dict]:
-    """The scores of a classifier on test and, where there are such splits, test_ood and val.
-
-    Of a classifier with several heads the first counts.
-    """
+    """The scores of a classifier, or of its first head, on test and, if there are any, test_ood and val."""
     splits, judged = {"test": data.test, "test_ood": data.test_ood, "val": data.val}, {}
     for name, images in splits.items():
         if images is not None:
@@ -1674,15 +1666,14 @@ def save_captioned(images: list, captions: list[str], path: Path, columns: int) 
 
 def save_reliability(series: dict[str, tuple], path: Path, bins: int = 10) -> None:
     """Draws a reliability diagram, accuracy over confidence, of (logits [N, K], labels [N]) for each name."""
+    from sklearn.calibration import calibration_curve
+
     figure = Figure(figsize=(4, 4), layout="constrained")
     axes = figure.subplots()
     axes.plot([0, 1], [0, 1], "k:")
     for name, (logits, labels) in series.items():
         confidence, label = logits.softmax(1).max(1)
-        bin_of = (confidence * bins).long().clamp(max=bins - 1)
-        used = [b for b in range(bins) if (bin_of == b).any()]
-        x = [confidence[bin_of == b].mean().item() for b in used]
-        y = [(label == labels)[bin_of == b].float().mean().item() for b in used]
+        y, x = calibration_curve(label == labels, confidence, n_bins=bins)
         axes.plot(x, y, "o-", label=f"{name}, ECE {scores(logits, labels)['ece']:.3f}")
     axes.set(xlabel="confidence", ylabel="accuracy", xlim=(0, 1), ylim=(0, 1))
     axes.legend()
@@ -1885,7 +1876,7 @@ def run_ladder(args: RunArgs, accelerator, rungs: dict[str, dict], run_once) -> 
     A rung's scores are those of the last classifier in its result. synthetic="RUNG" takes the images of that
     rung, embeddings="RUNG" its learned tokens. Writes the table to ladder.json and ladder.md.
     """
-    top1, class_mean, distances = {}, {}, {}
+    top1, class_mean, distances = (defaultdict(lambda: defaultdict(list)) for _ in range(3))
     for seed in range(args.seed, args.seed + args.seeds):
         out = {rung: str(Path(args.out) / f"{slug(rung)}-s{seed}") for rung in rungs}
         for rung, changes in rungs.items():
@@ -1894,10 +1885,11 @@ def run_ladder(args: RunArgs, accelerator, rungs: dict[str, dict], run_once) -> 
             *_, last = run_once(dataclasses.replace(args, **changes), accelerator).values()
             accelerator.free_memory()  # it would keep every run's model and optimizer
             for split in ("test", "test_ood", "val"):
-                for key, table in {"top1": top1, "class_mean": class_mean}.items() if split in last else ():
-                    table.setdefault(split, {}).setdefault(rung, []).append(100 * last[split][key])
+                if split in last:
+                    top1[split][rung].append(100 * last[split]["top1"])
+                    class_mean[split][rung].append(100 * last[split]["class_mean"])
             for name, value in last.get("distances", {}).items():
-                distances.setdefault(name, {}).setdefault(rung, []).append(value)
+                distances[name][rung].append(value)
     if accelerator.is_main_process:
         save_ladder(top1, class_mean, distances, Path(args.out))
 
@@ -1906,8 +1898,7 @@ def save_ladder(top1: dict, class_mean: dict, distances: dict, folder: Path) -> 
     """Prints and writes (ladder.json, ladder.md) the accuracies top1[split][rung], in %, one for each seed.
 
     A row has, for each split, the mean ± 95 % interval over the seeds, the paired difference to the rung
-    before, and the same accuracy as the mean of the classes' ones; then the means of distances[name][rung]
-    where the rung has them.
+    before, and the class mean; then the means of distances[name][rung], where the rung has them.
     """
     rungs = list(next(iter(top1.values())))
     seeds = len(next(iter(top1.values()))[rungs[0]])
