@@ -608,18 +608,18 @@ def _class_files(root: Path, skipped: Counter) -> dict[str, list[Path]]:
     def look(folder, images=None):
         for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
             kind = os.path.splitext(entry.name)[1].lower()
-            target = Path(entry).resolve() if entry.is_symlink() else None
+            target = Path(os.path.realpath(entry)) if entry.is_symlink() else None
             again = target in followed or target and (target in home.parents or target.is_relative_to(home))
             if target:
                 followed.add(target)
             if STRAY.match(entry.name):
                 skipped["hidden"] += 1
+            elif target and not target.exists():
+                skipped["broken links"] += 1
             elif again:
                 skipped["links to what was there already"] += 1
             elif entry.is_dir():
                 look(entry, classes.setdefault(entry.name, []) if images is None else images)
-            elif not entry.is_file():
-                skipped["broken links"] += 1
             elif kind not in kinds:
                 skipped[f"{kind or 'nameless'} files{heic.get(kind, '')}"] += 1
             elif images is None:
@@ -1453,11 +1453,11 @@ class Run:
         todo = [b for b in batches[rank::processes] if not all(files[i].exists() for i in b)]
         done = self.done.get(title, 0) + len(files)
         with tqdm(desc=title, total=len(todo), leave=False, disable=not (self.main and todo)) as bar:
-            for rest, batch in zip(reversed(range(len(todo))), todo, strict=True):
+            for i, batch in enumerate(todo, 1):
                 clock = time.time()
                 yield batch
                 self.count(title, time.time() - clock)
-                self.done[title] = done - rest * batch_size * processes
+                self.done[title] = done - (len(todo) - i) * batch_size * processes
                 bar.set_postfix_str(self.left(), refresh=False)
                 bar.update()
         self.done[title] = done
