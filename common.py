@@ -573,10 +573,6 @@ def _folder(root: str, names: dict[str, str] = SPLITS) -> Data:
     parts = [(names.get(p.name.lower()), p) for p in folders]
     if len(known) < len(folders) and not any(q.is_dir() for p in known for q in p.iterdir()):
         parts = [("train", root)]  # class folders alone, of which one may be called "train"
-
-    def said(counts):
-        return ", ".join(f"{n} {kind}" for kind, n in counts.most_common())
-
     for split, part in parts:
         if split is None:
             skipped["folders that are no split"] += 1
@@ -584,12 +580,16 @@ def _folder(root: str, names: dict[str, str] = SPLITS) -> Data:
         require(split not in found, f"{root} has two folders for {split}, one is {part.name}; keep one")
         found[split] = _class_files(part, skipped)
         require(found[split], f"{part} has no class folders; {layout}")
-        for name, files in found[split].items():
-            empty = f"the class folder {part / name} has no images"
-            require(files, f"{empty}; skipped: {said(skipped) or 'nothing'}")
     require("train" in found, f"{root / 'train'} is missing; {layout}")
+    said = ", ".join(f"{n} {kind}" for kind, n in skipped.most_common()) or "nothing"
+    for split, classes in found.items():
+        for name, files in classes.items():
+            unknown = f"{root}/{split} has a class '{name}' that {root}/train does not have"
+            require(name in found["train"], unknown)
+            folder = dict(parts)[split] / name
+            require(files, f"the class folder {folder} has no images; skipped: {said}")
     if skipped:
-        say(f"skipped in {root}: {said(skipped)}")
+        say(f"skipped in {root}: {said}")
     splits = {s: [(file, name) for name in classes for file in classes[name]] for s, classes in found.items()}
     return _data([*found["train"]], splits, root)
 
