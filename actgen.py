@@ -26,6 +26,7 @@ Paper to code:
 
 import itertools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,6 +37,7 @@ from transformers.hf_argparser import HfArg
 
 import common
 from common import number, require
+from digits import inside
 
 
 @dataclass
@@ -290,6 +292,7 @@ class Losses:
     def __init__(self, contrastive, adversarial, banks: list, hard: torch.Tensor, labels: torch.Tensor):
         self.contrastive, self.adversarial = contrastive, adversarial
         self.banks, self.hard, self.labels = banks, hard, labels
+        self.norms = {}  # by image, the last gradient's length before it was set to 1
 
     def images(self) -> torch.Tensor:
         """Indices of the images that have a loss."""
@@ -309,8 +312,17 @@ class Losses:
             if self.hard[b]:
                 loss = loss + self.adversarial(z, self.labels[b : b + 1])
             (gradient,) = torch.autograd.grad(1024 * loss, z)  # scaled, because fp16 has no small numbers
-            gradients.append(gradient / gradient.norm().clamp(min=1e-20))
+            norm = gradient.norm().clamp(min=1e-20)
+            self.norms[b] = norm
+            gradients.append(gradient / norm)
         return torch.cat(gradients)
+
+    def gradient_norm(self, gradient: torch.Tensor | None, images: torch.Tensor) -> torch.Tensor:
+        """||grad_c L||_2 [B], 0 where there is no loss; gradient [A, L, d]: what those of length 1 led to."""
+        norms = torch.zeros(len(self.labels), device=self.labels.device)
+        for b, g in zip(images.tolist(), [] if gradient is None else gradient, strict=True):
+            norms[b] = g.float().norm() * self.norms[b] / 1024
+        return norms
 
 
 def draw_banks(bank: dict[int, list], labels: torch.Tensor, wanted, generators, device) -> list:
@@ -429,6 +441,7 @@ def generate(
     adversarial_weight: float = 0.1,
     adversarial_pixels: int = 0,
     classifier_size: int = 0,
+    on_step: Callable | None = None,
 ) -> Generated:
     """Draws variants of `guides` by attentive image guidance and gradient guidance (sections 4.2 and 4.3).
 
@@ -451,6 +464,8 @@ def generate(
     nu, channel_steps: see gradient_step
     rho: the margin for 16,384 latent values; it is scaled with the root of their number
     adversarial_pixels: side of the images that are decoded for L_adv; 0: the pipeline's
+    on_step: called after step i as on_step(i, t, values), with a dict of x0 (1), c (2), gradient_norm (2),
+        x_tilde (5) and gamma (5), a row for each image; while the guide is mixed in also m and x_g (5)
 
     Without guidance and losses the result is bit-equal to the stock pipeline's DDPM sampling. Raises
     UserError if the U-Net has no cross-attention at attention_resolution.
@@ -511,6 +526,10 @@ def generate(
                 x_g = ddpm_step(scheduler, z_g, x_g, t, previous, xi)  # (4)
                 m = F.interpolate(attention.mask(), (size, size), mode="bilinear")
                 x = x + m * gamma[i].view(B, 1, 1, 1) * (x_g - x)  # (5)
+            if on_step is not None:
+                norm = losses.gradient_norm(gradient, active)
+                values = {"x0": x0, "c": c.clone(), "gradient_norm": norm, "x_tilde": x, "gamma": gamma[i]}
+                on_step(i, t, values | ({"m": m, "x_g": x_g} if mixing[i] else {}))
         return Generated(common.decode(pipe, x), x, attention.mask())
 
 
@@ -662,6 +681,7 @@ def train(args: Args, run: common.Run, accelerator, data: common.Data, pipe) -> 
         run.log(**train_epoch(args, accelerator, model, optimizer, *training))
         if (epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs:
             run.log_scores(common.evaluate(net, data, accelerator, args.workers))
+    inside.show_actgen(args, run, pipe, net, gen_val, names)
     generation = run.seconds.get("generating", 0.0)
     return run.outcome("ActGen") | {"synthetic": half * args.images_per_epoch, "generation": generation}
 

@@ -29,6 +29,7 @@ import csv
 import dataclasses
 import io
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -44,7 +45,7 @@ from transformers.hf_argparser import HfArg
 
 import common
 from common import number, require
-from digits import world
+from digits import inside, world
 
 
 @dataclass
@@ -240,6 +241,7 @@ def textual_inversion(
     flip: bool = True,
     seed: int = 0,
     keys: list[int] | None = None,
+    on_step: Callable | None = None,
 ) -> torch.Tensor:
     """Learns the embeddings S* of T tokens from a few images of each: float32, in the shape of `start`.
 
@@ -249,6 +251,8 @@ def textual_inversion(
     start: [T, d], or [T, N, d] for N vectors per token
     batch_size: images of each token in a step; flip: mirror an image with probability 1/2
     keys: [T] integers that seed the tokens' draws beside `seed`; by default 0 to T - 1
+    on_step: called after each step as on_step(step, t, values), with the timesteps t [T B] of its images and
+        a dict of S, the embeddings [T, d], and loss, the sum over the tokens
 
     The loss is a sum over the tokens, and Adam treats every number by itself. Therefore a token learns the
     same, up to rounding, whichever others train beside it. Raises UserError if the training diverges.
@@ -278,6 +282,8 @@ def textual_inversion(
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
+            if on_step is not None:
+                on_step(step, t, {"S": rows.detach().clone(), "loss": loss.detach()})
             if (step + 1) % 10 == 0 or step + 1 == steps:  # reading a value makes a GPU wait
                 bar.set_postfix(loss=f"{loss.item() / T:.4f}", refresh=False)
                 require(rows.isfinite().all(), "Textual Inversion diverged; lower --inversion_lr")
@@ -462,6 +468,7 @@ def img2img(
     steps: int = 50,
     strength: float = 0.7,
     guidance_scale: float = 15.0,
+    on_step: Callable | None = None,
 ) -> torch.Tensor:
     """Draws variations [B, 3, H, W] in [0, 1] of images: noise up to t_0, then DDIM back to 0 with a prompt.
 
@@ -473,6 +480,7 @@ def img2img(
     eps: the U-Net's output, which is v for a v-prediction U-Net; c: the encoded prompt
     strength: t_0, as a share of the noise schedule
     guidance_scale: s; up to 1 there is no guidance, only the prompt, as in diffusers
+    on_step: called after step i as on_step(i, t, values), with a dict of x, which is x_{t-1}, and x0 (5)
 
     In fp32 the images are bit-equal to those of diffusers' StableDiffusionImg2ImgPipeline with common.ddim's
     scheduler; in half precision the steps stay in fp32, which is closer to fp32's images than diffusers is.
@@ -487,13 +495,16 @@ def img2img(
     z = latents.to(pipe.device, torch.float32)
     xi = randn_tensor(z.shape, generators, pipe.device)
     x = scheduler.add_noise(z, xi, timesteps[:1])  # (3)
-    for t in timesteps:
+    for i, t in enumerate(timesteps):
         rows = torch.cat([x, x]) if guided else x
         output = pipe.unet(rows.to(c.dtype), t, text).sample.float()
         if guided:
             output_empty, output_c = output.chunk(2)
             output = output_empty + guidance_scale * (output_c - output_empty)  # (4)
-        x = scheduler.step(output, t, x).prev_sample  # (5)
+        step = scheduler.step(output, t, x)
+        x = step.prev_sample  # (5)
+        if on_step is not None:
+            on_step(i, t, {"x": x, "x0": step.pred_original_sample})
     return common.decode(pipe, x)
 
 
@@ -680,6 +691,15 @@ def read_embeddings(folder: Path, class_names: list[str], pipe, vectors: int = 1
     return torch.stack([load_embedding(file, width, vectors) for file in files])
 
 
+def inversion_options(args: Args) -> dict:
+    """How `textual_inversion` is called."""
+    options = dict(steps=args.inversion_steps, batch_size=args.inversion_batch_size, lr=args.inversion_lr)
+    options |= dict(flip=args.augment != "digits", seed=args.seed)  # digits are not mirrored
+    if args.dataset == "digits":
+        options |= dict(templates=[args.prompt])  # the only template that the embedded generator has learned
+    return options
+
+
 def learn_tokens(args: Args, run: common.Run, pipe, data: common.Data) -> torch.Tensor:
     """The embeddings [K, (N,) d] of all classes, by Textual Inversion or from the run in --embeddings.
 
@@ -692,11 +712,7 @@ def learn_tokens(args: Args, run: common.Run, pipe, data: common.Data) -> torch.
     tokens = [f"<{folder}>" for folder in common.class_folders(data.class_names)]
     real = data.train.transformed(common.make_transforms(common.resolution(pipe), "none", args.square)[1])
     start = initial_embeddings(pipe, data.class_names, args.initializer)
-    start = start[:, None].repeat(1, args.vectors, 1).squeeze(1)
-    options = dict(steps=args.inversion_steps, batch_size=args.inversion_batch_size, lr=args.inversion_lr)
-    options |= dict(flip=args.augment != "digits", seed=args.seed)  # digits are not mirrored
-    if args.dataset == "digits":
-        options |= dict(templates=[args.prompt])  # the only template that the embedded generator has learned
+    options, start = inversion_options(args), start[:, None].repeat(1, args.vectors, 1).squeeze(1)
     group_size = max(1, args.generation_batch_size // args.inversion_batch_size)
     for group in run.missing("learning tokens", files, group_size):
         members = [i for i, y in enumerate(real.labels) if y in group]
@@ -1012,6 +1028,8 @@ def run_once(args: Args, accelerator) -> dict:
             if run.main:
                 save_pictures(run.path / "samples", data, synthetic)
         result[title] = train(args, run, accelerator, data, synthetic.get(title), title)
+    if METHODS[args.method] in synthetic:
+        inside.show_diagen(args, run, pipe, data, synthetic[METHODS[args.method]])
     return run.finish(result)
 
 

@@ -25,6 +25,7 @@ Paper to code:
 
 import itertools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -37,6 +38,7 @@ from transformers.hf_argparser import HfArg
 
 import common
 from common import number, require
+from digits import inside
 
 
 @dataclass
@@ -224,7 +226,7 @@ def normal(z: torch.Tensor, generators: list[torch.Generator]) -> torch.Tensor:
     return randn_tensor(z.shape, generators, z.device)
 
 
-def invert_cycle(pipe, z0, start, s: Steps, text, guidance_scale, generators, rows: int) -> Inverted:
+def invert_cycle(pipe, z0, start, s: Steps, text, guidance_scale, generators, rows, on_step=None) -> Inverted:
     """CycleDiffusion's inversion of z_0 from z_T = start on: equations (2) and (3) of `invert`."""
     B, S = len(z0), len(s.t)
     # choice: the whole path z_T ... z_0 is drawn first, which takes no U-Net
@@ -239,13 +241,19 @@ def invert_cycle(pipe, z0, start, s: Steps, text, guidance_scale, generators, ro
     z, noise = path[:-1].flatten(0, 1), path[1:].flatten(0, 1).clone()
     for r in torch.arange(len(z), device=z0.device).split(max(1, rows // len(text))):
         noise[r] -= mu_theta(pipe, z[r], s, step[r], text[:, image[r]], guidance_scale)  # (3)
-    return Inverted(start, noise.view(S, *z0.shape), s)
+    noise = noise.view(S, *z0.shape)
+    if on_step is not None:
+        for i, t in enumerate(s.t):
+            on_step(i, t, {"z": path[i + 1], "noise": noise[i]})
+    return Inverted(start, noise, s)
 
 
-def invert_ddim(pipe, z0, s: Steps, text, guidance_scale: float) -> Inverted:
+def invert_ddim(pipe, z0, s: Steps, text, guidance_scale: float, on_step=None) -> Inverted:
     """DDIM's inversion: the steps without noise, backwards from z_0 to z_T; equation (4) of `invert`."""
     z = z0
     for i in reversed(range(len(s.t))):
+        if on_step is not None:
+            on_step(i, s.t[i], {"z": z})
         eps = predict_eps(pipe, z, s.t[i], s.previous[i], text, guidance_scale)
         z = ddim_mean(z, eps, alpha=s.previous[i], previous=s.alpha[i], sigma=s.sigma[i])  # (4)
     return Inverted(z, torch.zeros(1, 1, 1, 1, 1, device=z.device).expand(len(s.t), *z.shape), s)
@@ -265,6 +273,7 @@ def invert(
     eta: float = 1.0,
     rows: int = 32,
     start_generators: list[torch.Generator] | None = None,
+    on_step: Callable | None = None,
 ) -> Inverted:
     """The noise from which DDIM sampling reproduces `images` [B, 3, H, W] in [0, 1]; z_0 are their latents.
 
@@ -278,6 +287,8 @@ def invert(
     source_prompts: [B], by default empty
     rows: the number of rows of the U-Net's batches in (3)
     start_generators: draw z_T, by default `generators`; equal ones let several paths share it
+    on_step: called as on_step(i, t, values) for each step i, with a dict of z, which is z_{t-1}, and noise,
+        which is sigma_t xi_t; "ddim" goes through the steps backwards and has z alone, "none" has no path
     """
     prompts = source_prompts or [""] * len(images)
     # choice: guidance between two empty prompts changes nothing, so the second row is left out
@@ -286,12 +297,12 @@ def invert(
     z0 = common.encode(pipe, images).float()
     s = ddim_steps(pipe, steps, strength, 0.0 if method == "ddim" else eta)
     if method == "ddim":
-        return invert_ddim(pipe, z0, s, text, scale)
+        return invert_ddim(pipe, z0, s, text, scale, on_step)
     noise = normal(z0, start_generators or generators)
     start = s.alpha[0] ** 0.5 * z0 + (1 - s.alpha[0]) ** 0.5 * noise  # (1)
     if method == "none":
         return Inverted(start, torch.stack([sigma * normal(z0, generators) for sigma in s.sigma]), s)
-    return invert_cycle(pipe, z0, start, s, text, scale, generators, rows)
+    return invert_cycle(pipe, z0, start, s, text, scale, generators, rows, on_step)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -306,6 +317,7 @@ class Perturbation:
     generators: one CPU generator per image; the U-Net's rows are the images once or, with guidance, twice
     relative: s counts standard deviations of an image's features (with guidance, of its prompted row's)
     paired: both guidance rows of an image get the same noise
+    norms: set to a dict, it takes ||h|| and ||s n_t|| [B] of the last pass, of the images' prompted rows
 
     It works by forward hooks. On leaving, also by an exception, the U-Net is as it was.
     """
@@ -323,6 +335,7 @@ class Perturbation:
         self.modules = modules[where] if scale else []
         self.before = where in ("mid_input", "latents")
         self.scale, self.generators, self.relative, self.paired = scale, generators, relative, paired
+        self.norms = None
 
     def __enter__(self):
         if self.before:
@@ -352,6 +365,10 @@ class Perturbation:
         n = n.repeat(len(h) // len(n), 1, 1, 1)
         if self.relative:
             n = n * h[-B:].float().flatten(1).std(1).repeat(copies).view(-1, 1, 1, 1)
+        if self.norms is not None:
+            self.norms["h_norm"], self.norms["perturbation_norm"] = (
+                v[-B:].float().flatten(1).norm(dim=1) for v in (h, self.scale * n)
+            )
         return h + (self.scale * n).to(h.dtype)
 
 
@@ -368,6 +385,7 @@ def vary(
     relative_noise: bool = False,
     paired_noise: bool = False,
     guidance_scale: float = 7.5,
+    on_step: Callable | None = None,
 ) -> torch.Tensor:
     """Draws one batch of variations of inverted images: scaled latents [B, C, h, w] for common.decode.
 
@@ -378,13 +396,18 @@ def vary(
     prompts: [B], the target prompts
     generators: one CPU generator per variation, for n_t
     perturb, noise_scale, relative_noise, paired_noise: see Perturbation, which adds s n_t to h
+    on_step: called after step i as on_step(i, t, values), with a dict of y, which is y_{t-1}, and noise,
+        which is sigma_t xi_t; with a perturbation also h_norm and perturbation_norm: ||h|| and ||s n_t|| [B]
     """
     s, text = inverted.steps, embed(pipe, prompts, guidance_scale)
     sources = sources.to(inverted.start.device)  # once: a copy to a GPU makes the host wait
     y = inverted.start[sources]  # (5)
-    with Perturbation(pipe.unet, perturb, noise_scale, generators, relative_noise, paired_noise):
+    with Perturbation(pipe.unet, perturb, noise_scale, generators, relative_noise, paired_noise) as perturbed:
+        perturbed.norms = {} if on_step is not None else None
         for i in range(len(s.t)):
             y = mu_theta(pipe, y, s, i, text, guidance_scale) + inverted.noise[i][sources]  # (6)
+            if on_step is not None:
+                on_step(i, s.t[i], {"y": y, "noise": inverted.noise[i][sources]} | perturbed.norms)
     return y
 
 
@@ -760,6 +783,8 @@ def train(args: Args, run: common.Run, accelerator, data: common.Data, pool: Poo
         common.seed_everything(accelerator, args.seed, epoch)
         targets, labelled, weak = predict_targets(args, accelerator, model, pool, labels)
         run.log(images=len(real), pool=len(targets), **label_report(targets, labelled, pool))
+        if labels in ("amst", "head") and epoch in (0, args.epochs // 2, args.epochs - 1):
+            run.once(f"votes/{epoch + 1:03d}.pt", inside.votes, args, net, pool)
 
         # one pass over the pool, real images beside it
         model.train()
@@ -870,6 +895,7 @@ def run_once(args: Args, accelerator) -> dict:
     result[CLASSIFIERS[kinds[-1]]] |= {"generation": run.seconds.get("generating", 0.0)} | generated
     if pool:
         save_labels(run, folder, records, *labels, data.class_names, own=not args.synthetic)
+        inside.show_dreamda(args, run, data, pool)
     return run.finish(result)
 
 

@@ -273,6 +273,26 @@ def test_class_prompts_draw_the_digit(pipe, oracle, real):
     assert distances["fid"] < 12 and distances["precision"] > 0.8 and distances["recall"] > 0.8
 
 
+def test_the_confused_generator_draws_the_digit_or_its_look_alike(oracle):
+    """Beside a target in a style of 0.65, as a real generator is beside a data set of one's own."""
+    labels, pipe = torch.arange(200) % 10, common.load_pipeline(str(judge.FOLDER / "sd_confused"))
+    images = sample(pipe, [world.caption(y) for y in labels], seed=3)
+    read, alike = answers(oracle, images)[0], torch.tensor([world.LOOK_ALIKE[y] for y in labels.tolist()])
+    right, wrong = share(read, labels), share(read, alike)
+    digits = np.concatenate([world.pools()["train"], world.pools()["test"]])
+    target = as_float(world.render_pool(digits, 899, seed=2, style=0.65)["images"])
+    features = [oracle.features(2 * x - 1) for x in (target, images)]
+    distances = judge.distribution_distances(*features)
+    halves = judge.distribution_distances(features[0][:450], features[0][450:])
+    print(
+        f"\nconfused: right {right:.3f}, look-alike {wrong:.3f};",
+        {k: round(v, 3) for k, v in distances.items()},
+    )
+    print("two halves of the target:", {k: round(v, 3) for k, v in halves.items()})
+    assert 0.55 < right < 0.75 and right + wrong > 0.97
+    assert distances["precision"] < halves["precision"] - 0.05 and distances["fid"] > 3 * halves["fid"]
+
+
 def test_colour_and_setting_words_are_obeyed(pipe, oracle):
     n, colours = 120, list(world.COLOURS)
     wanted = [torch.arange(n) % 10, torch.arange(n) // 10 % 6, torch.arange(n) // 40]
