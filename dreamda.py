@@ -790,9 +790,8 @@ def train(args: Args, run: common.Run, accelerator, data: common.Data, pool: Poo
         model.train()
         total = 0.0
         for step, (x, y, u, index) in enumerate(load_batches(loaders, args.seed, epoch)):
-            progress = (epoch + step / steps) / args.epochs
             for group in optimizer.param_groups:
-                group["lr"] = args.lr * common.cosine(progress, args.warmup)
+                group["lr"] = args.lr * common.cosine((epoch + step / steps) / args.epochs, args.warmup)
             with accelerator.autocast():
                 logits = model(torch.cat([x.transpose(0, 1).flatten(0, 1), u])).float()
                 on_real, on_pool = logits.split([len(logits) - len(u), len(u)])
