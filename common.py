@@ -3,11 +3,7 @@
 Images are float [B, 3, H, W] in [0, 1] between functions. Latents are scaled by the VAE's scaling factor.
 Every image has a random generator of its own, which is passed in, so the batch size never changes a draw.
 
-What is equal, and how far: on a CPU, the same command on the same machine with the same number of threads
-gives the same bits, also if it was stopped and given again. (Some operations of CUDA add up in random order.)
-With another batch size, another number of processes or threads, or another processor, sums are added up in
-another order. Images then differ by rounding, which is a grey level or two of 255, unless something amplifies
-it: ActGen's normalised gradient steps do at a large nu, and so do many epochs of training.
+README says, under "What is equal", how far results are reproducible.
 """
 
 import argparse
@@ -27,8 +23,7 @@ import shutil
 import sys
 import textwrap
 import time
-from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -39,6 +34,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from filelock import FileLock, Timeout
+from matplotlib.figure import Figure
 from PIL import Image, ImageOps
 from safetensors.torch import load_file
 from torch import nn
@@ -65,6 +61,11 @@ def require(condition, message: str) -> None:
 def check_choice(name: str, value: str, choices) -> None:
     """Raises UserError, which lists the choices, unless `value` is one of them."""
     require(value in choices, f"unknown {name} '{value}'; choose one of: {', '.join(choices)}")
+
+
+def shorten(error: Exception) -> str:
+    """An error's message as a part of one line."""
+    return " ".join(str(error).split())[:200]
 
 
 def say(line: str) -> None:
@@ -105,8 +106,8 @@ class Images(torch.utils.data.Dataset):
         """
         size = getattr(self.transform, "size", None)
         if size and size <= 64 and len(self) * 3 * size**2 <= 2**31 and self.kept is None:
-            with ThreadPoolExecutor() as pool:
-                self.kept = list(pool.map(lambda s: self.transform.square(open_image(s)), self.sources))
+            with ThreadPool() as pool:
+                self.kept = pool.map(lambda s: self.transform.square(open_image(s)), self.sources)
         return self
 
     def name(self, i: int) -> str:
@@ -118,9 +119,8 @@ class Images(torch.utils.data.Dataset):
 
     def subset(self, indices, transform=None) -> "Images":
         """The images `indices`, with another transform if one is given."""
-        sources, labels, kept = (
-            values and [values[int(i)] for i in indices] for values in (self.sources, self.labels, self.kept)
-        )
+        parts = [v and [v[int(i)] for i in indices] for v in (self.sources, self.labels, self.kept)]
+        sources, labels, kept = parts
         return Images(sources, labels, self.transform, kept).transformed(transform or self.transform)
 
     def transformed(self, transform) -> "Images":
@@ -147,6 +147,10 @@ class Data:
     val: Images | None = None
     test_ood: Images | None = None
     unlabelled: Images | None = None
+
+    def splits(self) -> dict[str, Images]:
+        """The splits that there are, by their names."""
+        return {name: images for name, images in vars(self).items() if isinstance(images, Images)}
 
 
 def open_image(source) -> Image.Image:
@@ -309,20 +313,17 @@ def make_transforms(size: int, augment: str, how: str = "crop") -> tuple[Transfo
 
 
 def english(name: str) -> str:
-    """A class name as it reads in a prompt: without numbers and ids before it, with spaces between words.
+    """A class name as it reads in a prompt: without a number or an id before it, with spaces between words.
 
     "001.Black_footed_Albatross" becomes "Black footed Albatross", "n02085620-Chihuahua" "Chihuahua",
     "n01440764" "tench", "AnnualCrop" "annual crop", "Apple___Black_rot" "apple black rot".
     """
-    if SYNSET.fullmatch(name):
+    if re.fullmatch(r"n\d{8}", name):
         return wordnet().get(name, [name])[0]
     name = re.sub(r"^(\d+\.|0\d*[_ -]|n\d{8}[_ -])[\W_]*(?=[^\W\d_])", "", name)
-    if "__" in name or re.fullmatch(r"(?:[A-Z][a-z]+){2,}", name):
+    if "__" in name or re.fullmatch(r"([A-Z][a-z]+){2,}", name):
         name = re.sub(r"(?<=[a-z])([A-Z])", r" \1", name).lower()
     return " ".join(name.replace("_", " ").split())
-
-
-SYNSET = re.compile(r"n\d{8}")
 
 
 @functools.cache
@@ -335,74 +336,79 @@ def wordnet() -> dict[str, list[str]]:
 
 
 def name_classes(folders: list[str], file: Path | None, prompt: str) -> list[str]:
-    """English names of the classes that a data set calls `folders`.
-
-    file: has lines "FOLDER,NAME", or one name a line for all folders in their order
+    """English names of the classes that a data set calls `folders`; `file`: see read_class_names.
 
     Synsets that read alike are told apart by synonyms. Warns of other names that read alike, and of numbers
-    and ids, with the prompt. Raises UserError if the file is none of the two.
+    and ids, with the prompt.
     """
-    given, number = read_class_names(file, folders) if file else {}, r"\d+[\W_]+(?=[^\W\d_])"
-    plain = [re.sub(number, "", f, count=1) for f in folders if re.match(number, f)]
-    plain = plain if len(plain) == len(folders) else folders  # "7-Eleven" among others keeps its number
-    names = [given.get(f) or english(p) for f, p in zip(folders, plain, strict=True)]
+    given = read_class_names(file, folders) if file else {}
+    number = re.compile(r"\d+[\W_]+(?=[^\W\d_])")
+    numbered = all(map(number.match, folders))  # "7-Eleven" among others keeps its number
+    names = [given.get(f) or english(number.sub("", f, count=1) if numbered else f) for f in folders]
     count = Counter(name.lower() for name in names)
-    for i, name in enumerate(names):
-        if count[name.lower()] > 1 and folders[i] not in given:
-            names[i] = next((n for n in wordnet().get(folders[i], []) if n.lower() not in count), name)
+    for i, folder in enumerate(folders):
+        if count[names[i].lower()] > 1 and folder not in given:
+            names[i] = next((n for n in wordnet().get(folder, []) if n.lower() not in count), names[i])
     count = Counter(name.lower() for name in names)
-    word = r"[^\W\d_]{3}|[^\W\d_A-Z]{2}|[^\W\d_\x00-\x7f]"  # not in "12", "c0", "A330" or "AD"
-    numbered = r"(?i)\b(class|label|category|id)(?=[\W\d_]|$)"
+    general = re.compile(r"\b(class|label|category|id)(?![a-z])", re.IGNORECASE)
+    word = re.compile(r"[a-z]{2}|[A-Za-z]{3}|[^\x00-\x7f]")  # not in "12", "c0", "A330" or "AD"
     odd = {
-        "a number or an id": [n for n in names if not re.search(word, re.sub(numbered, "", n))],
+        "a number or an id": [n for n in names if not word.search(general.sub("", n))],
         "another class's, too": [n for n in names if count[n.lower()] > 1],
     }
     for reason, those in odd.items():
         if those:
-            reads = f"'{folders[names.index(those[0])]}' will read \"{prompt.replace('{}', those[0])}\""
-            more = f" ({len(those)} names are such)" if len(those) > 1 else ""
-            say(f"warning: the prompt of class {reads}, {reason}{more}; --class_names FILE names the classes")
+            folder, reads = folders[names.index(those[0])], fill_prompt(prompt, those[0])
+            say(
+                f"warning: the prompt of class '{folder}' will read \"{reads}\", {reason} "
+                f"({len(those)} of {len(names)} classes); --class_names FILE names the classes"
+            )
     return names
 
 
 def read_class_names(file: Path, folders: list[str]) -> dict[str, str]:
-    """The names that a file gives to class folders; see name_classes."""
+    """The names in a file of lines "FOLDER,NAME", or of one name a line for all folders in their order."""
     try:
         lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read the class names {file}: {error}") from None
-    known, given = set(folders), {}
+    given, known = {}, set(folders)
     for line in lines:
-        parts = [(line[: m.start()], line[m.end() :]) for m in re.finditer(r"\s*[,;:=\s]\s*|$", line)]
-        given |= dict([part for part in parts if part[0] in known][-1:] or [(line, None)])
-    strange = next((line for line, name in given.items() if name is None), None)
-    require(
-        strange is None or len(lines) == len(folders),
-        f"{file}: there is no class '{strange}'; give lines FOLDER,NAME, or {len(folders)} names in order",
-    )
-    pairs = given.items() if strange is None else zip(folders, lines, strict=True)
-    return {folder: " ".join(name.replace("_", " ").split()) for folder, name in pairs}
+        pairs = [re.split(rf"\s*{mark}\s*", line, maxsplit=1) for mark in (r"[,;:=\t]", r"\s")]
+        folder, *name = next((pair for pair in pairs if pair[0] in known), [line])
+        given[folder] = " ".join(name).replace("_", " ")
+    strange = [folder for folder in given if folder not in known]
+    if strange and len(lines) == len(folders):
+        return {folder: line.replace("_", " ") for folder, line in zip(folders, lines, strict=True)}
+    advice = f"give lines FOLDER,NAME, or {len(folders)} names in order"
+    require(not strange, f"{file}: there is no class '{''.join(strange[:1])}'; {advice}")
+    return given
 
 
-DATASETS = (
-    "digits cifar10 cifar100 stl10 caltech101 pets cars eurosat flowers102 food101 fgvc_aircraft dtd sun397 "
-    "country211 imagenet coco folder hf"
-).split()
+TORCHVISION = {  # its class, and what that calls the training and the test split, if there are official ones
+    "cifar10": ("CIFAR10", True, False),
+    "cifar100": ("CIFAR100", True, False),
+    "stl10": ("STL10", "train", "test"),
+    "caltech101": ("Caltech101",),
+    "pets": ("OxfordIIITPet", "trainval", "test"),
+    "cars": ("StanfordCars", "train", "test"),
+    "eurosat": ("EuroSAT",),
+    "flowers102": ("Flowers102", "train", "test"),
+    "food101": ("Food101", "train", "test"),
+    "fgvc_aircraft": ("FGVCAircraft", "trainval", "test"),
+    "dtd": ("DTD", "train", "test"),
+    "sun397": ("SUN397",),
+    "country211": ("Country211", "train", "test"),
+    "imagenet": ("ImageNet", "train", "val"),
+}
+DATASETS = ["digits", *TORCHVISION, "coco", "folder", "hf"]
 
 
 def load_data(
-    name: str,
-    data_dir: str,
-    size: int,
-    augment: str,
-    per_class: int = 0,
-    seed: int = 0,
-    unlabelled: bool = False,
-    style: float = world.STYLE,
-    class_names: str = "",
-    skip_bad_images: bool = False,
-    prompt: str = "a photo of a {}",
-) -> Data:
+    name: str, data_dir: str, size: int, augment: str, per_class: int = 0, seed: int = 0,
+    unlabelled: bool = False, style: float = world.STYLE, class_names: str = "",
+    skip_bad_images: bool = False, prompt: str = "a photo of a {}",
+) -> Data:  # fmt: skip
     """Loads one of DATASETS.
 
     data_dir: where the files are, or are downloaded to, in torchvision's layouts. coco: `annotations/` beside
@@ -411,7 +417,7 @@ def load_data(
     per_class: draws so many training images of each class; 0 takes all
     unlabelled: also loads stl10's large unlabelled part
     style: of digits only, how far the images differ from the generator's, 0 to 1
-    class_names: a file of class names, see name_classes; by default `classes.txt` of a folder, if it exists
+    class_names: a file of class names, see read_class_names; by default `classes.txt` of a folder
     skip_bad_images: leaves out images that cannot be read
     prompt: what a warning of a class name shows it in
 
@@ -420,60 +426,48 @@ def load_data(
     """
     check_choice("dataset", name, DATASETS)
     augmented, plain = make_transforms(size, augment)
-    loaders = {"digits": lambda _: _digits(style), "folder": _folder, "coco": _coco, "hf": _hf}
-    data = loaders[name](data_dir) if name in loaders else _torchvision(name, data_dir, unlabelled)
+    if name in TORCHVISION:
+        data = _torchvision(name, data_dir, unlabelled)
+    elif name == "digits":
+        data = Data(world.NAMES, **{split: Images(*part) for split, part in world.splits(style).items()})
+    else:
+        data = {"coco": _coco, "folder": _folder, "hf": _hf}[name](data_dir)
     own = Path(data_dir, "classes.txt")
     file = class_names or (own if name in ("folder", "hf") and own.exists() else None)
     data.class_names = name_classes(data.class_names, file and Path(file), prompt)
-    require(
-        len(data.class_names) > 1,
-        f"{data_dir} has one class only, '{data.class_names[0]}'; a classifier needs two; if its folder "
-        "holds the class folders, give that as --data_dir",
-    )
     check_images(data, data_dir, skip_bad_images)
-    data.train.transform = augmented
-    for split in (data.test, data.val, data.test_ood):
-        if split is not None:
-            split.transform = plain
-    check_counts(data, data_dir or name)
+    check_counts(data, data_dir or name, per_class)
     if per_class:
-        counts = np.bincount(data.train.labels)
-        require(
-            counts.min() >= per_class,
-            f"--examples_per_class {per_class}: the class '{data.class_names[counts.argmin()]}' has only "
-            f"{counts.min()} training images",
-        )
         drawn = draw_per_class(data.train.labels, per_class, seed)
         left = np.setdiff1d(np.arange(len(data.train)), drawn)
         data.unlabelled = data.unlabelled or data.train.subset(left)
         data.train = data.train.subset(drawn)
-    for split in (data.train, data.test, data.val, data.test_ood):
-        if split is not None:
-            split.keep()
+    for split, images in data.splits().items():
+        images.transform = augmented if split in ("train", "unlabelled") else plain
+        if split != "unlabelled":
+            images.keep()
     return data
 
 
-def check_counts(data: Data, where: str) -> None:
-    """Raises UserError for a class or a test without images; says if the classes are very unequal."""
+def check_counts(data: Data, where: str, per_class: int) -> None:
+    """Raises UserError if a class or the test has too few images; says if the classes are very unequal."""
     names, counts = data.class_names, np.bincount(data.train.labels, minlength=len(data.class_names))
     (fewest, rarest), (most, largest) = ((counts[i], names[i]) for i in (counts.argmin(), counts.argmax()))
-    require(fewest > 0, f"no training images of the class '{rarest}' in {where}")
+    require(fewest, f"no training images of the class '{rarest}' in {where}")
+    too_few = f"--examples_per_class {per_class}: the class '{rarest}' has only {fewest} training images"
+    require(fewest >= per_class, too_few)
     require(len(data.test), f"no test images in {where}")
     if most > 10 * fewest:
-        say(
-            f"unequal classes: {fewest} training images of '{rarest}', {most} of '{largest}'; "
-            "--examples_per_class draws as many of each, the class mean counts them alike"
-        )
+        advice = "--examples_per_class draws as many of each, the class mean counts them alike"
+        say(f"unequal classes: {fewest} training images of '{rarest}', {most} of '{largest}'; {advice}")
 
 
 def check_images(data: Data, where: str, skip: bool) -> None:
-    """Opens every image that is not in memory; good ones are remembered in CACHE, and not opened again.
+    """Opens every image that is not in memory; CACHE remembers the good ones, which are not opened again.
 
-    Raises UserError, which lists the unreadable ones, unless `skip`, which leaves them out of the data. Warns
-    of images that are nearly black or of one colour.
+    Raises UserError, which lists the unreadable ones, or leaves them out if `skip`. Warns of blank images.
     """
-    splits = {name: images for name, images in vars(data).items() if isinstance(images, Images)}
-    sources = {_stamp(source): source for images in splits.values() for source in images.sources}
+    sources = {_stamp(source): source for images in data.splits().values() for source in images.sources}
     sources.pop(0, None)
     cache = CACHE / f"{hashlib.sha256(os.fsencode(os.path.abspath(where))).hexdigest()[:16]}.pt"
     known = set(read_file(cache, torch.tensor([])).tolist())
@@ -484,20 +478,19 @@ def check_images(data: Data, where: str, skip: bool) -> None:
         found = tqdm(pool.imap(_fault, todo.values(), 8), "checking images", len(todo), leave=False)
         faults = {stamp: fault for stamp, fault in zip(todo, found, strict=True) if fault}
     with contextlib.suppress(OSError):  # no place to remember them
-        if len(faults) < len(todo):
-            write_file(cache, torch.tensor([stamp for stamp in sources if stamp not in faults]))
-    bad = {stamp: fault for stamp, fault in faults.items() if fault != BLANK}
-    blank = [source for stamp, source in todo.items() if faults.get(stamp) == BLANK]
+        write_file(cache, torch.tensor([stamp for stamp in sources if stamp not in faults]))
+    blank = [todo[stamp] for stamp, fault in faults.items() if fault == BLANK]
     if blank:
         say(f"warning: {len(blank)} images are {BLANK}, such as {Images(blank, []).name(0)}")
+    bad = {stamp: fault for stamp, fault in faults.items() if fault != BLANK}
     if bad:
-        shown = "; ".join([*bad.values()][:10]) + (f"; and {len(bad) - 10} more" if len(bad) > 10 else "")
-        shown = f"{len(bad)} of {len(sources)} images: {shown}"
-        require(skip, f"{shown}; replace or delete them, or leave them out by --skip_bad_images")
-        say(f"left out {shown}")
-        for name, images in splits.items():
-            kept = [i for i, source in enumerate(images.sources) if _stamp(source) not in bad]
-            setattr(data, name, images.subset(kept))
+        more = f"; and {len(bad) - 10} more" if len(bad) > 10 else ""
+        listed = f"{len(bad)} of {len(sources)} images: {'; '.join([*bad.values()][:10])}{more}"
+        require(skip, f"{listed}; replace or delete them, or leave them out by --skip_bad_images")
+        say(f"left out {listed}")
+        for name, images in data.splits().items():
+            good = [i for i, source in enumerate(images.sources) if _stamp(source) not in bad]
+            setattr(data, name, images.subset(good))
 
 
 BLANK = "nearly black or of one colour"
@@ -515,11 +508,11 @@ def _fault(source) -> str:
 
 def _stamp(source) -> int:
     """A number that changes with the file of a source of Images; 0 if the image is in memory."""
-    if isinstance(source, tuple) and hasattr(source[0], "_fingerprint"):  # of `datasets`
-        key = f"{source[0]._fingerprint} {source[1]}"
-    elif isinstance(source, Path):
+    if isinstance(source, Path):
         stat = source.stat() if source.exists() else None  # if there is no file, opening it will say so
         key = f"{os.path.abspath(source)} {stat and (stat.st_size, stat.st_mtime_ns)}"
+    elif isinstance(source, tuple) and hasattr(source[0], "_fingerprint"):  # of `datasets`
+        key = f"{source[0]._fingerprint} {source[1]}"
     else:
         return 0
     return int.from_bytes(hashlib.sha256(os.fsencode(key)).digest()[:8], signed=True)
@@ -540,20 +533,32 @@ def draw_per_class(labels, per_class: int, seed: int) -> np.ndarray:
 def split_per_class(labels, share: float, seed: int, at_least: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Holds out a random `share` of each class, at least `at_least` images: indices (others, held out)."""
     rng = np.random.default_rng(seed)
-    held = [
-        rng.permutation(members)[: max(at_least, round(share * len(members)))] for members in by_class(labels)
-    ]
-    held = np.sort(np.concatenate(held)).astype(int)
+    counted = [(members, max(at_least, round(share * len(members)))) for members in by_class(labels)]
+    held = np.sort(np.concatenate([rng.permutation(members)[:n] for members, n in counted])).astype(int)
     return np.setdiff1d(np.arange(len(labels)), held), held
 
 
-def _digits(style: float) -> Data:
-    return Data(world.NAMES, **{name: Images(*split) for name, split in world.splits(style).items()})
+def _data(names: list, splits: dict[str, list[tuple]], where) -> Data:
+    """Splits of (source, class) pairs; without a test split, a fifth of each class of train becomes one."""
+    index, images = {name: i for i, name in enumerate(names)}, {}
+    advice = "a classifier needs two; if its folder holds the class folders, give that as --data_dir"
+    require(len(names) > 1, f"{where} has one class only, '{', '.join(map(str, names))}'; {advice}")
+    for split, pairs in splits.items():
+        strange = next((name for _, name in pairs if name not in index), None)
+        require(strange is None, f"{where}/{split} has a class '{strange}' that {where}/train does not have")
+        images[split] = Images([source for source, _ in pairs], [index[name] for _, name in pairs])
+    if "test" not in images:
+        everything = images["train"]
+        others, held = split_per_class(everything.labels, 0.2, seed=0)
+        require(len(held), f"{where} has no test split, and too few images of each class to hold some out")
+        say(f"{where} has no test split: a fifth of each class is held out for it, {len(held)} images")
+        images |= {"train": everything.subset(others), "test": everything.subset(held)}
+    return Data([str(name) for name in names], **images)
 
 
 SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test", "test_ood": "test_ood"}
 SPLITS |= dict.fromkeys(("val", "valid", "validation"), "val")
-STRAY = re.compile(r"\.|@eaDir|__MACOSX|#recycle|\$RECYCLE|Thumbs\.db", re.IGNORECASE)
+STRAY = re.compile(r"\.|@eaDir|__MACOSX|#recycle|\$RECYCLE|Thumbs\.db|BACKGROUND_Google", re.IGNORECASE)
 
 
 def _folder(root: str, names: dict[str, str] = SPLITS) -> Data:
@@ -561,88 +566,69 @@ def _folder(root: str, names: dict[str, str] = SPLITS) -> Data:
 
     names: which split a folder holds, by its name
     """
-    root, found, skipped = Path(root), {}, Counter()
+    root, skipped, found = Path(root), Counter(), {}
     layout = f"a folder data set has {root}/train/CLASS/*, or {root}/CLASS/*"
     folders = [p for p in sorted(root.glob("*")) if p.is_dir() and not STRAY.match(p.name)]
-    parts = [p for p in folders if p.name.lower() in SPLITS]
-    if len(parts) < len(folders) and not any(q.is_dir() for p in parts for q in p.iterdir()):
-        parts = [root]  # class folders alone, of which one may be called "train"
-    elif len(parts) < len(folders):
-        skipped["folders that are no split"] = len(folders) - len(parts)
-    for part in parts:
-        if split := names.get(part.name.lower()) if part != root else "train":
-            require(split not in found, f"{root} has two folders for {split}, one is {part.name}; keep one")
-            found[split] = part, _class_files(part, skipped)
-            require(found[split][1], f"{part} has no class folders; {layout}")
+    known = [p for p in folders if p.name.lower() in SPLITS]
+    parts = [(names.get(p.name.lower()), p) for p in folders]
+    if len(known) < len(folders) and not any(q.is_dir() for p in known for q in p.iterdir()):
+        parts = [("train", root)]  # class folders alone, of which one may be called "train"
+    for split, part in parts:
+        if split is None:
+            skipped["folders that are no split"] += 1
+            continue
+        require(split not in found, f"{root} has two folders for {split}, one is {part.name}; keep one")
+        found[split] = _class_files(part, skipped)
+        require(found[split], f"{part} has no class folders; {layout}")
     require("train" in found, f"{root / 'train'} is missing; {layout}")
-    said = ", ".join(f"{n} {kind}" for kind, n in skipped.most_common())
-    train, classes = found["train"]
-    for part, files in found.values():
-        for name in files:
-            require(name in classes, f"{part} has a class '{name}' that {train} does not have")
-            require(
-                files[name], f"the class folder {part / name} has no images; skipped: {said or 'nothing'}"
-            )
+    said = ", ".join(f"{n} {kind}" for kind, n in skipped.most_common()) or "nothing"
+    for split, classes in found.items():
+        for name, files in classes.items():
+            unknown = f"{root}/{split} has a class '{name}' that {root}/train does not have"
+            require(name in found["train"], unknown)
+            folder = dict(parts)[split] / name
+            require(files, f"the class folder {folder} has no images; skipped: {said}")
     if skipped:
         say(f"skipped in {root}: {said}")
-    splits = {s: [(file, name) for name in files for file in files[name]] for s, (_, files) in found.items()}
-    return _data(list(classes), splits, root)
+    splits = {s: [(file, name) for name in classes for file in classes[name]] for s, classes in found.items()}
+    return _data([*found["train"]], splits, root)
 
 
 def _class_files(root: Path, skipped: Counter) -> dict[str, list[Path]]:
     """The images in each class folder of `root`; counts what else there is in `skipped`, by kind.
 
-    Links are followed, but nothing is read twice.
+    A link is followed once, and never back into `root`.
     """
     Image.init()
     stubs = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}  # PIL knows them, but cannot read them by itself
-    extensions = {e for e, kind in Image.registered_extensions().items() if kind in Image.OPEN.keys() - stubs}
+    kinds = {e for e, kind in Image.registered_extensions().items() if kind in Image.OPEN.keys() - stubs}
     heic = dict.fromkeys((".heic", ".heif"), " (convert them to JPEG)")
-    real_root = Path(os.path.realpath(root))
-    classes, seen = {}, {str(real_root), *map(str, real_root.parents)}
-    for here, folders, files in os.walk(root, followlinks=True):
-        inside, real_here, kept = Path(here).relative_to(root).parts[:1], os.path.realpath(here), []
-        links, is_file = {n for n in folders + files if os.path.islink(os.path.join(here, n))}, set(files)
-        for name in sorted(folders + files, key=lambda name: (name in links, name)):
-            path, kind = Path(here, name), os.path.splitext(name)[1].lower() if name in is_file else None
-            real = os.path.realpath(path) if name in links else os.path.join(real_here, name)
-            reasons = {
-                "hidden": STRAY.match(name),
-                "links to what was there already": real in seen,
-                "broken links": name in links and not path.exists(),
-                "files outside of class folders": name in is_file and not inside,
-                f"{kind or 'nameless'} files{heic.get(kind, '')}": name in is_file and kind not in extensions,
-            }
-            seen.add(real)
-            if reason := next((reason for reason, holds in reasons.items() if holds), None):
-                skipped[reason] += 1
-            elif name in is_file:
-                classes[inside[0]].append(path)
+    classes, home, followed = {}, root.resolve(), set()
+
+    def look(folder, images=None):
+        for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+            kind = os.path.splitext(entry.name)[1].lower()
+            target = Path(os.path.realpath(entry)) if entry.is_symlink() else None
+            again = target in followed or target and (target in home.parents or target.is_relative_to(home))
+            if target:
+                followed.add(target)
+            if STRAY.match(entry.name):
+                skipped["hidden"] += 1
+            elif target and not target.exists():
+                skipped["broken links"] += 1
+            elif again:
+                skipped["links to what was there already"] += 1
+            elif entry.is_dir():
+                look(entry, classes.setdefault(entry.name, []) if images is None else images)
+            elif kind not in kinds:
+                skipped[f"{kind or 'nameless'} files{heic.get(kind, '')}"] += 1
+            elif images is None:
+                skipped["files outside of class folders"] += 1
             else:
-                kept.append(name)
-        folders[:] = sorted(kept)
-        classes = classes or {name: [] for name in folders}
-    return {name: sorted(files) for name, files in classes.items()}
+                images.append(Path(entry))
 
-
-def _data(names: list[str], splits: dict[str, list[tuple]], where) -> Data:
-    """Splits as (source, class) pairs; without a test split, a fifth of each class of train becomes one."""
-    index, images = {name: i for i, name in enumerate(names)}, {}
-    for split, pairs in splits.items():
-        unknown = next((name for _, name in pairs if name not in index), None)
-        require(unknown is None, f"{where}/{split} has a class '{unknown}' that {where}/train does not have")
-        images[split] = Images([source for source, _ in pairs], [index[name] for _, name in pairs])
-    return _with_test([str(name) for name in names], images, where)
-
-
-def _with_test(names: list[str], splits: dict[str, Images], where) -> Data:
-    if "test" not in splits:
-        everything = splits["train"]
-        others, held = split_per_class(everything.labels, 0.2, seed=0)
-        require(len(held), f"{where} has no test split, and too few images of each class to hold some out")
-        say(f"{where} has no test split: a fifth of each class is held out for it, {len(held)} images")
-        splits |= {"train": everything.subset(others), "test": everything.subset(held)}
-    return Data(class_names=names, **splits)
+    look(root)
+    return classes
 
 
 def _hf(root: str) -> Data:
@@ -655,10 +641,9 @@ def _hf(root: str) -> Data:
     import datasets
 
     root, _, chosen = root.partition("#")
-    path, parts = Path(root), root.split("/")
+    path, hub = Path(root), re.fullmatch(r"(\w[\w.-]*(?:/[\w.-]+)?)(?:/([\w.-]+))?", root)
     advice = "give OWNER/NAME of the hub, which needs a network, or a local folder"
-    known = path.exists() or re.fullmatch(r"\w[\w.-]*(/[\w.-]+){0,2}", root)
-    require(known, f"there is no data set '{root}'; {advice}")
+    require(path.exists() or hub, f"there is no data set '{root}'; {advice}")
     try:
         if any((path / file).exists() for file in ("dataset_dict.json", "state.json")):
             loaded = datasets.load_from_disk(root)
@@ -667,19 +652,19 @@ def _hf(root: str) -> Data:
         elif path.exists():
             loaded = datasets.load_dataset(root)
         else:
-            loaded = datasets.load_dataset("/".join(parts[:2]), *parts[2:3])
+            loaded = datasets.load_dataset(*hub.groups())
     except Exception as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"cannot load the data set '{root}' ({reason}); {advice}") from None
-    loaded = loaded if isinstance(loaded, dict) else {"train": loaded}
+        raise UserError(f"cannot load the data set '{root}' ({shorten(error)}); {advice}") from None
+    if not isinstance(loaded, dict):
+        loaded = {"train": loaded}
     parts = {SPLITS.get(s.lower()) if len(loaded) > 1 else "train": part for s, part in loaded.items()}
     require("train" in parts, f"the data set '{root}' has no split train, but {', '.join(loaded)}")
     image, label = _columns(parts["train"].features, chosen, root)
-    classes, splits = getattr(parts["train"].features[label], "names", None), {}  # names: of a ClassLabel
+    names, splits = dict(enumerate(getattr(parts["train"].features[label], "names", []))), {}
     for split, part in parts.items():
-        labels = [None if classes and y == -1 else y for y in part[label]]
+        labels = [names.get(y) if names else y for y in part[label]]  # None, or -1 of a ClassLabel: no label
         pictures = part.select_columns([image]).cast_column(image, datasets.Image(decode=False))
-        pairs = [((pictures, i), classes[y] if classes else y) for i, y in enumerate(labels) if y is not None]
+        pairs = [((pictures, i), y) for i, y in enumerate(labels) if y is not None]
         if split and pairs:
             splits[split] = pairs
     require("train" in splits, f"'{root}' has no labels in the column '{label}'")
@@ -688,110 +673,82 @@ def _hf(root: str) -> Data:
     counts = ", ".join(f"{len(pairs)} for {split}" for split, pairs in splits.items())
     say(f"{root}: images of the column '{image}', labels of '{label}'; {counts}")
     used = {name for _, name in splits["train"]}
-    return _data([c for c in classes if c in used] if classes else sorted(used), splits, root)
+    return _data([name for name in names.values() if name in used] or sorted(used), splits, root)
 
 
 def _columns(features, chosen: str, root: str) -> tuple[str, str]:
     """The columns of images and of labels; see _hf."""
     import datasets
 
-    images = [c for c, f in features.items() if isinstance(f, datasets.Image)]
-    images += [c for c, f in features.items() if isinstance(f, dict) and "bytes" in f]
+    def of(kind):
+        return [column for column, feature in features.items() if isinstance(feature, kind)]
+
+    images = of(datasets.Image) + [c for c in of(dict) if "bytes" in features[c]]
     require(images, f"'{root}' has no column of images, but {', '.join(features)}")
-    classes = [c for c, f in features.items() if isinstance(f, datasets.ClassLabel)]
     kinds = ("int", "uint", "bool", "string", "large_string")
-    values = [c for c, f in features.items() if isinstance(f, datasets.Value) and f.dtype.startswith(kinds)]
-    usual = [c for c in classes or values if c in ("label", "labels", "class", "target")]
-    labels = [chosen] if chosen else usual if len(usual) == 1 else classes or values
-    require(
-        {*labels[:1]} & {*features}, f"'{root}' has no column of labels {chosen}, but {', '.join(features)}"
-    )
-    choice = f"--data_dir {root}#{labels[0]}"
-    require(len(labels) == 1, f"labels of '{root}' could be {', '.join(labels)}; choose one, as in {choice}")
+    values = [c for c in of(datasets.Value) if features[c].dtype.startswith(kinds)]
+    labels = of(datasets.ClassLabel) or values
+    usual = [c for c in labels if c in ("label", "labels", "class", "target")]
+    labels = [chosen] if chosen else usual if len(usual) == 1 else labels
+    found = labels and labels[0] in features
+    require(found, f"'{root}' has no column of labels {chosen}, but {', '.join(features)}")
+    choice = f"choose one, as in --data_dir {root}#{labels[0]}"
+    require(len(labels) == 1, f"labels of '{root}' could be {', '.join(labels)}; {choice}")
     return images[0], labels[0]
 
 
 def _coco(root: str) -> Data:
-    splits, names = {}, None
+    splits = {}
     for split, year in (("train", "train2017"), ("test", "val2017")):
-        path = Path(root) / "annotations" / f"instances_{year}.json"
+        path = Path(root, "annotations", f"instances_{year}.json")
         try:
-            annotations = json.loads(path.read_text(encoding="utf-8"))
-            categories = sorted(annotations["categories"], key=lambda c: c["id"])
-            largest = {}  # image id -> (area, category id) of its largest object
-            for a in annotations["annotations"]:
-                known, found = largest.get(a["image_id"], (0, 0)), (a["area"], a["category_id"])
-                largest[a["image_id"]] = max(known, found)
-            files = {i["id"]: Path(root) / year / i["file_name"] for i in annotations["images"]}
+            content = json.loads(path.read_text(encoding="utf-8"))
+            names = {c["id"]: c["name"] for c in sorted(content["categories"], key=lambda c: c["id"])}
+            files = {image["id"]: Path(root, year, image["file_name"]) for image in content["images"]}
+            objects = sorted((a["area"], a["category_id"], a["image_id"]) for a in content["annotations"])
+            largest = {image: category for _, category, image in objects}
+            splits[split] = [(files[image], names[category]) for image, category in sorted(largest.items())]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"cannot read the COCO annotations {path}: {error!r}") from None
-        if names is None:
-            present = {category for _, category in largest.values()}
-            ids = [c["id"] for c in categories if c["id"] in present]
-            names = [c["name"] for c in categories if c["id"] in present]
-        chosen = [(files[i], ids.index(c)) for i, (_, c) in sorted(largest.items()) if c in ids]
-        splits[split] = Images([file for file, _ in chosen], [label for _, label in chosen])
-    return Data(class_names=names, **splits)
+    used = {name for _, name in splits["train"]}
+    splits["test"] = [(file, name) for file, name in splits["test"] if name in used]
+    return _data([name for name in names.values() if name in used], splits, root)
 
 
 def _torchvision(name: str, root: str, unlabelled: bool = False) -> Data:
     from torchvision import datasets as tv
 
-    kinds = {
-        "cifar10": lambda train, **k: tv.CIFAR10(root, train=train, **k),
-        "cifar100": lambda train, **k: tv.CIFAR100(root, train=train, **k),
-        "stl10": lambda train, **k: tv.STL10(root, split="train" if train else "test", **k),
-        "pets": lambda train, **k: tv.OxfordIIITPet(root, split="trainval" if train else "test", **k),
-        "cars": lambda train, **k: tv.StanfordCars(root, split="train" if train else "test", **k),
-        "flowers102": lambda train, **k: tv.Flowers102(root, split="train" if train else "test", **k),
-        "food101": lambda train, **k: tv.Food101(root, split="train" if train else "test", **k),
-        "fgvc_aircraft": lambda train, **k: tv.FGVCAircraft(root, "trainval" if train else "test", **k),
-        "dtd": lambda train, **k: tv.DTD(root, split="train" if train else "test", **k),
-        "country211": lambda train, **k: tv.Country211(root, split="train" if train else "test", **k),
-        "imagenet": lambda train, **k: tv.ImageNet(root, split="train" if train else "val"),
-        "caltech101": lambda train, **k: tv.Caltech101(root, **k),
-        "eurosat": lambda train, **k: tv.EuroSAT(root, **k),
-        "sun397": lambda train, **k: tv.SUN397(root, **k),
-    }
-    if name == "imagenet" and (Path(root) / "train").is_dir() and not any(Path(root).glob("ILSVRC2012_*")):
-        return _folder(root, {"train": "train", "val": "test", "validation": "test"})
+    kind, *splits = TORCHVISION[name]
 
-    def load(train: bool):
+    def load(*split):
+        options = {} if name in ("cars", "imagenet") else {"download": True}  # if it is not there
         try:
-            return kinds[name](train, download=False)
-        except (RuntimeError, OSError, ValueError, IndexError):
-            pass
-        try:
-            return kinds[name](train, download=True)
+            return getattr(tv, kind)(root, *split, **options)
         except Exception as error:
-            reason = " ".join(str(error).split())[:200]
-            raise UserError(
-                f"{name} is not in {root} and could not be downloaded ({reason}); put its files there"
-            ) from None
+            missing = f"{name} is not in {root} and could not be downloaded ({shorten(error)})"
+            raise UserError(f"{missing}; put its files there") from None
 
-    def images(dataset) -> Images:
-        def first(*attributes):
-            return next((getattr(dataset, a) for a in attributes if hasattr(dataset, a)), None)
+    def pairs(dataset) -> list[tuple]:
+        has = vars(dataset)
+        files = has.get("samples") or has.get("_samples")
+        if "_labels" in has:
+            files = zip(has.get("_images") or has["_image_files"], dataset._labels, strict=True)
+        if files:  # in an order that does not depend on the file system
+            return sorted((Path(file), dataset.classes[y]) for file, y in files)
+        labels = has["targets"] if "targets" in has else has["labels"]
+        return [((dataset, i), dataset.classes[y]) for i, y in enumerate(labels)]
 
-        pairs = first("samples", "_samples")  # (file, class)
-        files, labels = zip(*pairs, strict=True) if pairs else (first("_images", "_image_files"), None)
-        labels = first("_labels", "y", "labels", "targets") if labels is None else labels
-        if name == "caltech101":
-            folder, pairs = f"{dataset.root}/101_ObjectCategories", zip(dataset.index, dataset.y, strict=True)
-            files = [f"{folder}/{dataset.categories[y]}/image_{i:04d}.jpg" for i, y in pairs]
-        if files is None:
-            return Images([(dataset, i) for i in range(len(labels))], labels)
-        everything = Images([Path(file) for file in files], labels)
-        return everything.subset(np.argsort(everything.sources)) if name == "sun397" else everything
-
-    train = load(True)
-    names = train.wnids if name == "imagenet" else getattr(train, "classes", None) or train.categories
-    splits = {"train": images(train)}
-    if name not in ("caltech101", "eurosat", "sun397"):  # they have no official split
-        splits["test"] = images(load(False))
-    data = _with_test(names, splits, name)
+    if name == "imagenet":
+        for split in splits if any(Path(root).glob("ILSVRC2012_img_*.tar")) else ():
+            load(split)  # unpacks its archive
+        return _folder(root, {"train": "train", "val": "test", "validation": "test"})
+    parts = [load(split) for split in splits] or [load()]
+    if name == "caltech101":
+        return _folder(Path(root, "caltech101", "101_ObjectCategories"))
+    data = _data(parts[0].classes, dict(zip(("train", "test"), map(pairs, parts), strict=False)), name)
     if name == "stl10" and unlabelled:
-        data.unlabelled = images(tv.STL10(root, split="unlabeled"))
+        more = load("unlabeled")
+        data.unlabelled = Images([(more, i) for i in range(len(more))], more.labels)
     return data
 
 
@@ -877,10 +834,8 @@ def build_classifier(
         return model
     if name == "clip":
         return Normalised(CLIPClassifier(clip, class_names), *CLIP_MEAN_STD)
-    known = timm.is_model(name)
-    require(
-        known, f"unknown classifier '{name}'; choose small_cnn, clip or a model of timm, such as resnet50"
-    )
+    choices = "choose small_cnn, clip or a model of timm, such as resnet50"
+    require(timm.is_model(name), f"unknown classifier '{name}'; {choices}")
     options = {"num_classes": len(class_names), "pretrained": pretrained}
     try:
         try:
@@ -888,8 +843,8 @@ def build_classifier(
         except TypeError:
             model = timm.create_model(name, **options)
     except (OSError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:160]
-        raise UserError(f"the classifier {name} cannot be loaded for {size} pixels ({reason})") from None
+        what = f"the classifier {name} cannot be loaded for {size} pixels"
+        raise UserError(f"{what} ({shorten(error)})") from None
     if size <= 64:
         model = as_on_cifar(model, len(class_names))
     return Normalised(model, model.pretrained_cfg["mean"], model.pretrained_cfg["std"])
@@ -902,10 +857,8 @@ def as_on_cifar(model: nn.Module, classes: int) -> nn.Module:
     from timm.models.vgg import VGG
 
     if isinstance(model, ResNet):
-        model.conv1, model.maxpool = (
-            nn.Conv2d(3, model.conv1.out_channels, 3, 1, 1, bias=False),
-            nn.Identity(),
-        )
+        model.conv1 = nn.Conv2d(3, model.conv1.out_channels, 3, 1, 1, bias=False)
+        model.maxpool = nn.Identity()
     if isinstance(model, VGG):
         model.pre_logits, model.head = nn.Identity(), ClassifierHead(512, classes)
     return model
@@ -941,8 +894,7 @@ def from_pretrained(cls, model_id: str, **options):
     try:
         return cls.from_pretrained(model_id, **options)
     except Exception as error:
-        reason = " ".join(str(error).split())[:160]
-        raise UserError(f"cannot load the model '{model_id}': {advice} ({reason})") from None
+        raise UserError(f"cannot load the model '{model_id}': {advice} ({shorten(error)})") from None
 
 
 def native_dtype(device: torch.device) -> torch.dtype:
@@ -953,12 +905,9 @@ def native_dtype(device: torch.device) -> torch.dtype:
 
 
 def load_pipeline(
-    model_id: str,
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype | None = None,
-    gradient_checkpointing: bool = False,
-    lora: str | None = None,
-):
+    model_id: str, device: torch.device | str = "cpu", dtype: torch.dtype | None = None,
+    gradient_checkpointing: bool = False, lora: str | None = None,
+):  # fmt: skip
     """Loads a frozen StableDiffusionPipeline with DDPM sampling and without safety checker.
 
     dtype: by default native_dtype(device)
@@ -995,16 +944,17 @@ def load_pipeline(
 def check_kind(pipe, model_id: str) -> None:
     """Raises UserError if the pipeline is not a text-to-image Stable Diffusion 1 or 2."""
     unet, latents = pipe.unet.config, pipe.vae.config.latent_channels
-    kind = f"'{model_id}' is not a text-to-image Stable Diffusion 1 or 2: "
-    require(unet.addition_embed_type is None, f"{kind}its U-Net wants further conditions, as SDXL's does")
-    require(
-        unet.in_channels == unet.out_channels == latents,
-        f"{kind}its U-Net takes {unet.in_channels} channels for {latents} latent ones, as for inpainting",
-    )
-    width = pipe.text_encoder.config.hidden_size
-    require(unet.cross_attention_dim == width, f"{kind}its text encoder does not fit its U-Net")
-    distilled = f"{kind}its U-Net wants the guidance scale, as an LCM's does; give its base model with an LCM"
-    require(unet.time_cond_proj_dim is None, f"{distilled} as --lora")
+    channels = f"its U-Net takes {unet.in_channels} channels for {latents} latent ones, as for inpainting"
+    lcm = "its U-Net wants the guidance scale, as an LCM's does; give its base model with an LCM as --lora"
+    text_fits = unet.cross_attention_dim == pipe.text_encoder.config.hidden_size
+    right = {
+        "its U-Net wants further conditions, as SDXL's does": unet.addition_embed_type is None,
+        channels: unet.in_channels == unet.out_channels == latents,
+        "its text encoder does not fit its U-Net": text_fits,
+        lcm: unet.time_cond_proj_dim is None,
+    }
+    for problem, absent in right.items():
+        require(absent, f"'{model_id}' is not a text-to-image Stable Diffusion 1 or 2: {problem}")
 
 
 def fuse_lora(pipe, path: str) -> None:
@@ -1022,8 +972,7 @@ def fuse_lora(pipe, path: str) -> None:
         pipe.fuse_lora(safe_fusing=True)
         pipe.unload_lora_weights()
     except Exception as error:
-        reason = " ".join(str(error).split())[:160]
-        raise UserError(f"cannot load --lora '{path}': {advice} ({reason})") from None
+        raise UserError(f"cannot load --lora '{path}': {advice} ({shorten(error)})") from None
 
 
 def fill_prompt(prompt: str, name: str) -> str:
@@ -1083,17 +1032,15 @@ def ddim(pipe, steps: int, strength: float):
         timesteps = scheduler.timesteps[steps - used :]
         if timesteps[0] < trained:
             return scheduler, timesteps
-    raise UserError(
-        f"--steps {steps} with --strength {strength} leaves no step that the model was trained for; "
-        f"choose --strength up to 1, --steps below {trained}, and their product at least 1"
-    )
+    advice = f"choose --strength up to 1, --steps below {trained}, and their product at least 1"
+    none = f"--steps {steps} with --strength {strength} leaves no step that the model was trained for"
+    raise UserError(f"{none}; {advice}")
 
 
 def generator(*key: int) -> torch.Generator:
     """A CPU generator seeded by any integers. One per image makes draws independent of batch and device."""
-    return torch.Generator().manual_seed(
-        int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
-    )
+    seed = np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1
+    return torch.Generator().manual_seed(int(seed))
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1339,10 +1286,7 @@ def predict(model, images: Images, accelerator, workers: int = 0, batch_size: in
 
 
 def evaluate(model, data: Data, accelerator, workers: int = 0) -> dict[str, dict]:
-    """The scores of a classifier on test and, where there are such splits, test_ood and val.
-
-    Of a classifier with several heads the first counts.
-    """
+    """The scores of a classifier, or of its first head, on test and, if there are any, test_ood and val."""
     splits, judged = {"test": data.test, "test_ood": data.test_ood, "val": data.val}, {}
     for name, images in splits.items():
         if images is not None:
@@ -1374,14 +1318,11 @@ def scores(logits: torch.Tensor, labels: torch.Tensor) -> dict:
 
 def confidence_interval(values) -> tuple[float, float]:
     """The mean, and half the width of the 95 % interval (Student's t), which is NaN for a single value."""
-    from scipy.stats import t
+    from scipy.stats import sem, t
 
     values = np.asarray(values, float)
-    if len(values) < 2:
-        return float(values.mean()), math.nan
-    return float(values.mean()), float(
-        t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values))
-    )
+    half = t.ppf(0.975, len(values) - 1) * sem(values) if len(values) > 1 else math.nan
+    return float(values.mean()), float(half)
 
 
 def interval_text(values, sign: str = "") -> str:
@@ -1408,9 +1349,8 @@ class Run:
     """
 
     # arguments that may change when a run goes on
-    FREE = (
-        "out overwrite data_dir seeds workers generation_batch_size gradient_checkpointing report_to".split()
-    )
+    FREE = {"out", "overwrite", "data_dir", "seeds", "workers", "report_to"}
+    FREE |= {"generation_batch_size", "gradient_checkpointing"}
 
     def __init__(self, args, accelerator, free: tuple[str, ...] = ()):
         """Opens or creates the folder args.out. `free` names more arguments that may change, beside FREE.
@@ -1421,39 +1361,35 @@ class Run:
         self.wait = accelerator.wait_for_everyone
         self.config, self.logs, self.line, self.plan, self.done = dict(vars(args)), {}, {}, {}, {}
         if self.main:
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = FileLock(self.path / ".lock", blocking=False)
-            try:
-                self._lock.acquire()
-            except Timeout:
-                raise UserError(
-                    f"another process is running in {self.path}; wait for it or give another --out"
-                ) from None
-            except OSError as error:
-                if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
-                    raise
-                print(f"warning: files in {self.path} cannot be locked; start no second run in it")
-            if args.overwrite:
+            self._lock()
+            if args.overwrite and (self.path / "config.json").exists():  # else it is no run's folder
                 self._empty()
-            self._compare({*self.FREE, *free})
+            old = read_file(self.path / "config.json", {"args": self.config})["args"]
+            for key, now in self.config.items():
+                change = f"holds a run with --{key} {old.get(key)}, this one has --{key} {now}"
+                same = key in self.FREE or key in free or old.get(key) == now
+                require(same, f"{self.path} {change}; give another --out, or --overwrite")
         self.wait()
         self.seconds = read_file(self.path / "seconds.json", {})
 
-    def _empty(self) -> None:
-        if (self.path / "config.json").exists():  # else it is no run's folder
-            # config.json goes last: without it, what is left would count as no run's
-            for old in sorted(self.path.iterdir(), key=lambda path: path.name == "config.json"):
-                if old.name != ".lock":
-                    shutil.rmtree(old) if old.is_dir() else old.unlink()
+    def _lock(self) -> None:
+        self.path.mkdir(parents=True, exist_ok=True)
+        self.lock = FileLock(self.path / ".lock", blocking=False)
+        try:
+            self.lock.acquire()
+        except Timeout:
+            message = f"another process is running in {self.path}; wait for it or give another --out"
+            raise UserError(message) from None
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                raise
+            print(f"warning: files in {self.path} cannot be locked; start no second run in it")
 
-    def _compare(self, free: set[str]) -> None:
-        old = read_file(self.path / "config.json", {"args": self.config})["args"]
-        for key, value in self.config.items():
-            require(
-                key in free or old.get(key) == value,
-                f"{self.path} holds a run with --{key} {old.get(key)}, this one has --{key} {value}; "
-                "give another --out, or --overwrite to start afresh",
-            )
+    def _empty(self) -> None:
+        # config.json goes last: without it, what is left would count as no run's
+        for old in sorted(self.path.iterdir(), key=lambda path: path.name == "config.json"):
+            if old.name != ".lock":
+                shutil.rmtree(old) if old.is_dir() else old.unlink()
 
     def result(self) -> dict | None:
         """Returns the result of a finished run, and says that it is finished; else None."""
@@ -1481,11 +1417,11 @@ class Run:
         """
         total, over = 0.0, ""
         for title, (count, unit) in self.plan.items():
-            begun = [t for t in self.plan if self.done.get(t) and self.plan[t][1] == unit]
-            begun = [title] if title in begun else begun
-            rest, done = int(count) - self.done.get(title, 0), sum(self.done[t] for t in begun)
+            alike = [t for t, (_, u) in self.plan.items() if u == unit and self.done.get(t)]
+            alike = [title] if title in alike else alike
+            rest, done = int(count) - self.done.get(title, 0), sum(self.done[t] for t in alike)
             over = "over " if rest > 0 and not done else over
-            total += max(0, rest) * sum(self.seconds.get(t, 0.0) for t in begun) / max(1, done)
+            total += max(0, rest) * sum(self.seconds.get(t, 0.0) for t in alike) / max(1, done)
         return f"whole run: {over}{tqdm.format_interval(total)} left" if self.plan else ""
 
     def write(self, name: str, value) -> None:
@@ -1517,11 +1453,11 @@ class Run:
         todo = [b for b in batches[rank::processes] if not all(files[i].exists() for i in b)]
         done = self.done.get(title, 0) + len(files)
         with tqdm(desc=title, total=len(todo), leave=False, disable=not (self.main and todo)) as bar:
-            for rest, batch in zip(reversed(range(len(todo))), todo, strict=True):
+            for i, batch in enumerate(todo, 1):
                 clock = time.time()
                 yield batch
                 self.count(title, time.time() - clock)
-                self.done[title] = done - rest * batch_size * processes
+                self.done[title] = done - (len(todo) - i) * batch_size * processes
                 bar.set_postfix_str(self.left(), refresh=False)
                 bar.update()
         self.done[title] = done
@@ -1534,9 +1470,8 @@ class Run:
         """
         causes = [f"--{k}" for k in ("guidance_scale", "noise_scale", "sigmas", "nu") if k in self.config]
         advice = f"lower {' or '.join(causes)}, or give another --diffusion"
-        broken = [f for f, image in zip(files, images, strict=True) if not image.isfinite().all()]
-        require(not broken, f"the image {''.join(f.name for f in broken[:1])} came out as NaN; {advice}")
         for i, file in enumerate(files):
+            require(images[i].isfinite().all(), f"the image {file.name} came out as NaN; {advice}")
             if latents is not None:
                 write_file(self.path / "latents" / f"{file.stem}.pt", latents[i].cpu().clone())
             save_png(images[i], file)
@@ -1624,25 +1559,24 @@ def slug(text: str) -> str:
 
 
 def write_file(path: Path, value) -> None:
-    """Writes a file whole or not at all: .json, .jsonl (a list of records), .pt (tensors) or text.
+    """Writes a file whole or not at all: .json, .jsonl (records), .pt (tensors), .png (an image) or text.
 
     The file is written beside its place and then renamed, so a reader sees the old one or the new one.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    if path.suffix == ".pt":
-        torch.save(value, buffer := io.BytesIO())  # to a file, it may hide that the disk is full
-        with open(temporary, "wb") as f:
+    with open(temporary, "wb") as f:
+        if path.suffix == ".pt":
+            torch.save(value, buffer := io.BytesIO())  # to a file, it may hide that the disk is full
             f.write(buffer.getbuffer())
             f.flush()
             os.fsync(f.fileno())
-    else:
-        if path.suffix == ".jsonl":
-            lines = (json.dumps(line) + "\n" for line in value)
+        elif path.suffix == ".png":
+            to_pil(value).save(f, format="PNG")
+        elif path.suffix == ".jsonl":
+            f.writelines(f"{json.dumps(line)}\n".encode() for line in value)
         else:
-            lines = [json.dumps(value, indent=1) if path.suffix == ".json" else value]
-        with open(temporary, "w", encoding="utf-8") as f:
-            f.writelines(lines)
+            f.write((json.dumps(value, indent=1) if path.suffix == ".json" else value).encode())
     os.replace(temporary, path)
 
 
@@ -1661,9 +1595,8 @@ def read_file(path: Path, default=None):
             return [json.loads(line) for line in text.splitlines()]
         return json.loads(text) if path.suffix == ".json" else text
     except Exception as error:
-        raise UserError(
-            f"cannot read {path} ({str(error)[:80]}); delete it or give --overwrite to start afresh"
-        ) from None
+        message = f"cannot read {path} ({str(error)[:80]}); delete it, or start afresh with --overwrite"
+        raise UserError(message) from None
 
 
 def class_folders(class_names: list[str]) -> list[str]:
@@ -1693,9 +1626,8 @@ def read_records(folder: Path, class_names: list[str]) -> list[dict]:
         strange = [name for name, y in pairs if [name] != class_names[y : y + 1]]
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"--synthetic: no images with metadata in {folder} ({error})") from None
-    require(
-        not strange, f"--synthetic: {folder} has images of another data set's class '{''.join(strange[:1])}'"
-    )
+    other = f"{folder} has images of another data set's class '{''.join(strange[:1])}'"
+    require(not strange, f"--synthetic: {other}")
     require(records, f"--synthetic: the images in {folder} are missing")
     return records
 
@@ -1707,25 +1639,19 @@ def to_pil(image: torch.Tensor) -> Image.Image:
 
 def save_png(image: torch.Tensor, path: Path) -> None:
     """Writes an image [3, H, W] in [0, 1] as a PNG file, whole or not at all; makes its folder if need be."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    to_pil(image).save(temporary, format="PNG")
-    os.replace(temporary, path)
+    write_file(path, image)
 
 
 def save_grid(images: torch.Tensor, path: Path, columns: int, scale: int = 1) -> None:
     """Writes images [N, 3, H, W] in [0, 1] as one PNG grid; each pixel is enlarged `scale` times."""
     from torchvision.utils import make_grid
 
-    path.parent.mkdir(parents=True, exist_ok=True)
     grid = make_grid(F.interpolate(images.float().cpu(), scale_factor=scale), nrow=columns, pad_value=1.0)
-    to_pil(grid.clamp(0, 1)).save(path)
+    write_file(path, grid.clamp(0, 1))
 
 
 def save_captioned(images: list, captions: list[str], path: Path, columns: int) -> None:
     """Draws PIL images, or image files, in a grid, a caption under each."""
-    from matplotlib.figure import Figure
-
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = math.ceil(len(images) / columns)
     figure = Figure(figsize=(1.9 * columns, 2.2 * rows), layout="constrained")
@@ -1738,21 +1664,16 @@ def save_captioned(images: list, captions: list[str], path: Path, columns: int) 
     figure.savefig(path, dpi=110)
 
 
-def save_reliability(
-    series: dict[str, tuple[torch.Tensor, torch.Tensor]], path: Path, bins: int = 10
-) -> None:
+def save_reliability(series: dict[str, tuple], path: Path, bins: int = 10) -> None:
     """Draws a reliability diagram, accuracy over confidence, of (logits [N, K], labels [N]) for each name."""
-    from matplotlib.figure import Figure
+    from sklearn.calibration import calibration_curve
 
     figure = Figure(figsize=(4, 4), layout="constrained")
     axes = figure.subplots()
     axes.plot([0, 1], [0, 1], "k:")
     for name, (logits, labels) in series.items():
         confidence, label = logits.softmax(1).max(1)
-        bin_of = (confidence * bins).long().clamp(max=bins - 1)
-        used = [b for b in range(bins) if (bin_of == b).any()]
-        x = [confidence[bin_of == b].mean().item() for b in used]
-        y = [(label == labels)[bin_of == b].float().mean().item() for b in used]
+        y, x = calibration_curve(label == labels, confidence, n_bins=bins)
         axes.plot(x, y, "o-", label=f"{name}, ECE {scores(logits, labels)['ece']:.3f}")
     axes.set(xlabel="confidence", ylabel="accuracy", xlim=(0, 1), ylim=(0, 1))
     axes.legend()
@@ -1761,15 +1682,10 @@ def save_reliability(
 
 def save_curves(series: dict[str, list[dict]], path: Path) -> None:
     """Draws accuracy, loss and the quality of pseudo-labels, if there are any, over epochs, per series."""
-    from matplotlib.figure import Figure
-
-    lines = list(itertools.chain(*series.values()))
-    tested, labelled = (any(key in line for line in lines) for key in ("test", "labelled"))
-    panels = {
-        "accuracy (%)": {"test": "-", "test_ood": "--"} if tested else {"val": "-"},
-        "training loss": {"loss": "-"},
-    }
-    if labelled:
+    known = set(itertools.chain(*itertools.chain(*series.values())))
+    accuracies = {"test": "-", "test_ood": "--"} if "test" in known else {"val": "-"}
+    panels = {"accuracy (%)": accuracies, "training loss": {"loss": "-"}}
+    if "labelled" in known:
         panels["pseudo-labels (%)"] = {"labelled": "-", "label_accuracy": "--", "seed_accuracy": ":"}
     figure = Figure(figsize=(5 * len(panels), 3.6), layout="constrained")
     for axes, (title, keys) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
@@ -1837,9 +1753,7 @@ class RunArgs:
     examples_per_class: int | None = number("[0, 1e9]", "real training images per class; 0 takes all")
     classifier: str | None = HfArg(default=None, help="small_cnn, clip, or any model of timm")
     pretrained: bool | None = HfArg(default=None, help="start from pretrained weights")
-    clip: str = HfArg(
-        default="openai/clip-vit-base-patch32", help="CLIP model id or folder, where CLIP is used"
-    )
+    clip: str = HfArg(default="openai/clip-vit-base-patch32", help="CLIP model, where CLIP is used")
     image_size: int | None = number("[8, 1024]", "side of the classifier's images in pixels")
     augment: str | None = HfArg(
         default=None, help="digits, crop, resized, squeezed, zoomed or none; also with +randaugment after it"
@@ -1860,11 +1774,8 @@ def cli(main, args_class, recipes: dict[str, dict] | None = None) -> None:
     """
     if isinstance(sys.stdout, io.TextIOWrapper):  # it may lack letters, as in a file on Windows
         sys.stdout.reconfigure(errors="replace")
-    parser = HfArgumentParser(
-        args_class,
-        description=sys.modules["__main__"].__doc__.strip().split("\n")[0],
-        usage=argparse.SUPPRESS,
-    )
+    about = sys.modules["__main__"].__doc__.strip().split("\n")[0]
+    parser = HfArgumentParser(args_class, description=about, usage=argparse.SUPPRESS)
     if recipes:
         first = argparse.ArgumentParser(add_help=False, exit_on_error=False)
         first.add_argument("--dataset", nargs="?", default="digits")
@@ -1884,16 +1795,12 @@ def cli(main, args_class, recipes: dict[str, dict] | None = None) -> None:
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
-        message = (
-            "a loading process died; give less --workers, or a container more shared memory (--shm-size)"
-        )
+        message = "a loading process died; lower --workers, or give a container more --shm-size"
     except OSError as error:
         if error.errno is None:
             raise
         where = f" {error.filename}" if error.filename else ""
-        message = (
-            f"cannot read or write{where}: {error.strerror}; mend this or give another --out, then go on"
-        )
+        message = f"cannot read or write{where}: {error.strerror}; mend this or give another --out"
     except KeyboardInterrupt:
         message = "stopped; the same command goes on from here"
     print(f"{name}: error: {message}", file=sys.stderr)
@@ -1913,8 +1820,9 @@ def fill_recipe(args: RunArgs, recipes: dict[str, dict], method: str) -> RunArgs
     check_choice("dataset", args.dataset, DATASETS)
     recipe = recipe_of(recipes, args.dataset, args.classifier)
     args = dataclasses.replace(args, **{k: v for k, v in recipe.items() if getattr(args, k) is None})
-    paths = {k: os.path.expanduser(v) for k, v in vars(args).items() if isinstance(v, str)}  # ~ is home
-    args = dataclasses.replace(args, **paths)
+    for key, value in vars(args).items():
+        if isinstance(value, str):
+            setattr(args, key, os.path.expanduser(value))
     args.out = args.out or f"runs/{method}-{args.dataset}{'-ladder' if args.ladder else ''}-s{args.seed}"
     count = args.prompt.count("{}")
     require(count == 1, f"--prompt '{args.prompt}' must have one {{}} for the class name, not {count}")
@@ -1939,9 +1847,10 @@ def check_training(args: RunArgs, accelerator, data: Data) -> None:
 
 def data_of(args: RunArgs, unlabelled: bool = False) -> Data:
     """The data set that the arguments name; see load_data."""
-    few, rest = args.examples_per_class, (args.style, args.class_names, args.skip_bad_images, args.prompt)
-    size, augment, seed = args.image_size, args.augment, args.seed
-    return load_data(args.dataset, args.data_dir, size, augment, few, seed, unlabelled, *rest)
+    return load_data(
+        args.dataset, args.data_dir, args.image_size, args.augment, args.examples_per_class, args.seed,
+        unlabelled, args.style, args.class_names, args.skip_bad_images, args.prompt,
+    )  # fmt: skip
 
 
 def report(result: dict[str, dict], out: str) -> None:
@@ -1967,7 +1876,7 @@ def run_ladder(args: RunArgs, accelerator, rungs: dict[str, dict], run_once) -> 
     A rung's scores are those of the last classifier in its result. synthetic="RUNG" takes the images of that
     rung, embeddings="RUNG" its learned tokens. Writes the table to ladder.json and ladder.md.
     """
-    top1, class_mean, distances = {}, {}, {}
+    top1, class_mean, distances = (defaultdict(lambda: defaultdict(list)) for _ in range(3))
     for seed in range(args.seed, args.seed + args.seeds):
         out = {rung: str(Path(args.out) / f"{slug(rung)}-s{seed}") for rung in rungs}
         for rung, changes in rungs.items():
@@ -1976,10 +1885,11 @@ def run_ladder(args: RunArgs, accelerator, rungs: dict[str, dict], run_once) -> 
             *_, last = run_once(dataclasses.replace(args, **changes), accelerator).values()
             accelerator.free_memory()  # it would keep every run's model and optimizer
             for split in ("test", "test_ood", "val"):
-                for key, table in {"top1": top1, "class_mean": class_mean}.items() if split in last else ():
-                    table.setdefault(split, {}).setdefault(rung, []).append(100 * last[split][key])
+                if split in last:
+                    top1[split][rung].append(100 * last[split]["top1"])
+                    class_mean[split][rung].append(100 * last[split]["class_mean"])
             for name, value in last.get("distances", {}).items():
-                distances.setdefault(name, {}).setdefault(rung, []).append(value)
+                distances[name][rung].append(value)
     if accelerator.is_main_process:
         save_ladder(top1, class_mean, distances, Path(args.out))
 
@@ -1988,8 +1898,7 @@ def save_ladder(top1: dict, class_mean: dict, distances: dict, folder: Path) -> 
     """Prints and writes (ladder.json, ladder.md) the accuracies top1[split][rung], in %, one for each seed.
 
     A row has, for each split, the mean ± 95 % interval over the seeds, the paired difference to the rung
-    before, and the same accuracy as the mean of the classes' ones; then the means of distances[name][rung]
-    where the rung has them.
+    before, and the class mean; then the means of distances[name][rung], where the rung has them.
     """
     rungs = list(next(iter(top1.values())))
     seeds = len(next(iter(top1.values()))[rungs[0]])

@@ -753,10 +753,8 @@ def train(args: Args, run: common.Run, accelerator, data: common.Data, pool: Poo
 
     Returns its scores on each split, and the pool's final targets [N, K] and which are labelled [N].
     """
-    heads = args.heads if labels == "amst" else 0
-    net, model, optimizer = common.new_classifier(
-        args, accelerator, data.class_names, lambda net: MultiHead(net, heads)
-    )
+    heads, names = args.heads if labels == "amst" else 0, data.class_names
+    net, model, optimizer = common.new_classifier(args, accelerator, names, lambda net: MultiHead(net, heads))
     weights = args.auxiliary_weight, args.orthogonality_weight, args.consistency_weight if heads else 0.0
     views, strong_view = make_views(args.image_size, args.augment, heads)
     real = data.train.transformed(views)
@@ -781,9 +779,8 @@ def train(args: Args, run: common.Run, accelerator, data: common.Data, pool: Poo
         model.train()
         total = 0.0
         for step, (x, y, u, index) in enumerate(load_batches(loaders, args.seed, epoch)):
-            progress = (epoch + step / steps) / args.epochs
             for group in optimizer.param_groups:
-                group["lr"] = args.lr * common.cosine(progress, args.warmup)
+                group["lr"] = args.lr * common.cosine((epoch + step / steps) / args.epochs, args.warmup)
             with accelerator.autocast():
                 logits = model(torch.cat([x.transpose(0, 1).flatten(0, 1), u])).float()
                 on_real, on_pool = logits.split([len(logits) - len(u), len(u)])

@@ -178,7 +178,7 @@ def test_a_name_that_is_a_number_warns_with_its_prompt(capsys, folder, name):
 
 def test_names_that_read_alike_warn(capsys):
     assert common.name_classes(["Owl", "owl", "cat"], None, "{}") == ["Owl", "owl", "cat"]
-    assert "class 'Owl' will read \"Owl\", another class's, too (2 names are such)" in capsys.readouterr().out
+    assert "class 'Owl' will read \"Owl\", another class's, too (2 of 3 classes)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -240,6 +240,7 @@ def test_strays_are_skipped_and_counted_in_one_line(tmp_path, capsys):
     (train / "cat" / "other").symlink_to(train / "dog.jpg")
     (train / "cat" / "again.png").symlink_to(train / "cat" / "0.png")
     (train / "cat" / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    (train / "cat" / "loop.png").symlink_to(train / "cat" / "loop.png")
     elsewhere = classes(tmp_path / "elsewhere", "more", count=2)
     (train / "cat" / "linked").symlink_to(elsewhere / "more")
     (train / "kitty").symlink_to(train / "cat")
@@ -254,7 +255,7 @@ def test_strays_are_skipped_and_counted_in_one_line(tmp_path, capsys):
         "2 folders that are no split",
         "9 hidden",
         "5 links to what was there already",
-        "1 broken links",
+        "2 broken links",
         "1 files outside of class folders",
         "1 .heic files (convert them to JPEG)",
         "1 .txt files",
