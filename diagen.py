@@ -122,7 +122,7 @@ RECIPES = {name: SD14 for name in common.DATASETS} | {
     | dict(
         # the embedded generator
         diffusion=common.DIGITS_SD,
-        steps=25,
+        steps=15,
         guidance_scale=4.0,
         generation_batch_size=40,
         # Textual Inversion
