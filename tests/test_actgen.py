@@ -509,7 +509,7 @@ def test_random_generation_has_no_guides_and_no_losses():
 def test_few_shot_guides_are_all_images_and_confidence_sets_their_centre():
     labels = torch.arange(10)
     logits = F.one_hot(labels, 10).float() * torch.linspace(0, 20, 10)[:, None]
-    p = plan(logits, labels, few_shot=True)
+    p = plan(logits, labels, few_shot=True, guidance_centre=12.5)
     assert set(p["guide_index"]) == set(range(10))
     for guide, centre in zip(p["guide_index"], p["centre"], strict=True):
         assert centre == pytest.approx(12.5 * (1 - logits.softmax(1)[guide, guide].item()), rel=1e-5)
