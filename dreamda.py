@@ -636,14 +636,21 @@ def draw_variations(args: Args, run: common.Run, pipe, data: common.Data, record
             generators = [common.generator(args.seed, 2, *divmod(j, M)) for j in part]
             latents = vary(pipe, inverted, sources, prompts, generators, **varying)
             run.keep(common.decode(pipe, latents), [files[j] for j in part])
+        if batch[0] == 0:  # a first picture to look at
+            save_variations(run, real, files, M, [j // M for j in batch[::M]])
     run.write("synthetic/metadata.jsonl", records)
-    if run.main:  # a picture to look at: source image | variations
-        tiles = []
-        for i in np.linspace(0, len(real) - 1, 10).astype(int):
-            shown = files[i * M : (i + 1) * M][:9]
-            tiles += [real[i][0], *(real.transform(common.open_image(file)) for file in shown)]
-        picture = run.path / "samples" / "variations.png"
-        common.save_grid(torch.stack(tiles), picture, 1 + min(M, 9), max(1, 64 // pixels))
+    if run.main:
+        save_variations(run, real, files, M, np.linspace(0, len(real) - 1, 10).astype(int))
+
+
+def save_variations(run: common.Run, real: common.Images, files: list[Path], M: int, sources) -> None:
+    """Draws a grid of some source images, each beside its first variations."""
+    tiles = []
+    for i in sources:
+        shown = files[i * M : (i + 1) * M][:9]
+        tiles += [real[i][0], *(real.transform(common.open_image(file)) for file in shown)]
+    scale = max(1, 64 // real[0][0].shape[-1])
+    common.save_grid(torch.stack(tiles), run.path / "samples" / "variations.png", 1 + min(M, 9), scale)
 
 
 # ----------------------------------------------------------------------------------------------------------
