@@ -118,7 +118,9 @@ def methods(k: int, images: int, seed: int, out: Path, **dials) -> dict:
         "Real Guidance, as published": dict(method="real_guidance_published"),
         "Real Guidance": dict(method="real_guidance"),
         "DA-Fusion": dict(method="da_fusion"),
-        "DA-Fusion, as published": dict(method="da_fusion_published", embeddings=out / "DA-Fusion, images"),
+        "DA-Fusion, as published": dict(
+            method="da_fusion_published", embeddings=str(out / "DA-Fusion, images")
+        ),
     }.items():
         source = out / f"{name}, images"
         made = run(diagen, source, **draw, variations=M, epochs=1, iterations=1, **changes)
