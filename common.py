@@ -230,6 +230,11 @@ class Transform:
         """The random numbers that the steps take for each image."""
         return sum(n for _, n in self.steps)
 
+    @property
+    def random(self) -> bool:
+        """Whether an image is seen otherwise each time."""
+        return bool(self.steps or self.each or self.size is None)
+
     def read(self, image) -> torch.Tensor:
         """A PIL image, or one that is kept: uint8 [3, size, size] after square and each."""
         x = image if isinstance(image, torch.Tensor) else self.square(image)
@@ -1161,7 +1166,8 @@ class Seen(torch.utils.data.Dataset):
 
     def __getitem__(self, key):
         (i, seed), transform = key, self.images.transform
-        torch.default_generator.manual_seed(seed)
+        if transform.random:  # else the caller's generator is not reset
+            torch.default_generator.manual_seed(seed)
         return transform.read(self.images.image(i)), torch.rand(transform.draws), self.images.labels[i]
 
 

@@ -486,7 +486,7 @@ HEAD_AUGMENTATIONS = {
 }
 
 
-def standard_and_own(x: torch.Tensor, u: torch.Tensor, heads: int) -> torch.Tensor:
+def all_views(x: torch.Tensor, u: torch.Tensor, heads: int) -> torch.Tensor:
     """The views [B, 1 + heads, 3, H, W] of each image: x itself and a_1(x)..a_A(x); u: [B, 5 heads]."""
     own = zip(u.split(5, 1), itertools.cycle(HEAD_AUGMENTATIONS.values()), strict=False)
     views = [augmentation(x, numbers[:, :n]) for numbers, (augmentation, n) in own] if heads else []
@@ -498,7 +498,7 @@ def make_views(size: int, augment: str, heads: int) -> tuple[common.Transform, c
     images u to strong(u). A fifth head has the first one's augmentation.
     """
     real, strong = (common.make_transforms(size, augment)[0] for _ in range(2))
-    real.steps.append((partial(standard_and_own, heads=heads), 5 * heads))
+    real.steps.append((partial(all_views, heads=heads), 5 * heads))
     # choice: geometry, colour and erased patches together
     strong.steps += [HEAD_AUGMENTATIONS[name] for name in ("geometry", "colour", "erase")]
     return real, strong

@@ -384,6 +384,16 @@ def test_processes_share_one_random_order_whatever_each_has_drawn(samples):
     assert sorted(drawn[:24]) == list(range(24)) and len(set(drawn[24:])) == samples - 24
 
 
+def test_evaluation_does_not_reset_the_callers_generator():
+    images = common.Images(noise_images(), [i % 3 for i in range(24)], common.make_transforms(16, "crop")[1])
+    net, drawn = common.SmallCNN(3), []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        common.predict(net, images, common.make_accelerator())
+        drawn.append(torch.rand(4))
+    assert not torch.equal(*drawn)
+
+
 def test_loading_workers_live_as_long_as_the_loader():
     transform = common.make_transforms(16, "none")[0]
     transform.each = lambda x: torch.full_like(x, os.getpid() % 251)
