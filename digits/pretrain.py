@@ -160,7 +160,7 @@ def render_web(args: Args, tokenizer) -> dict[str, torch.Tensor]:
     int64 [N, 16], of which the share args.confusion names the look-alike.
     """
     print(f"rendering {args.images} images of the web pool")
-    digits = world.pools()["web"][: args.variety]
+    digits = world.web_digits(args.variety)
     web = world.render_pool(digits, args.images, args.seed + 1, confusion=args.confusion)
     return web | {"captions": tokenize(tokenizer, web["captions"])}
 

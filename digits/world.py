@@ -48,6 +48,14 @@ def pools() -> dict[str, np.ndarray]:
     return {"web": order[:898], "train": order[898:1347], "test": order[1347:]}
 
 
+def web_digits(count: int) -> np.ndarray:
+    """`count` digits of the web pool, as equally many of each class as can be, in the pool's order."""
+    pool = pools()["web"]
+    labels = sources()[1][pool]
+    rank = [int((labels[:i] == label).sum()) for i, label in enumerate(labels)]  # among its class's digits
+    return pool[np.sort(np.lexsort((labels, rank))[:count])]
+
+
 @cache
 def sources():
     """scikit-learn's digits [1797, 8, 8] in [0, 1], their labels [1797], and the two photographs by name."""

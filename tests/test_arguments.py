@@ -520,17 +520,23 @@ def test_the_time_that_is_left_counts_all_parts(tmp_path):
     assert run.left() == "whole run: 00:40 left"  # 10 epochs at 3 s, 5 at 2 s, the mean of both
 
 
-def test_the_last_lines_are_a_table_of_both_accuracies_and_the_gain(capsys):
-    def scores(*values):
-        splits = {"test": values[:2], "test_ood": values[2:]}
-        found = {s: dict(zip(("top1", "class_mean"), pair, strict=True)) for s, pair in splits.items()}
-        return found | {"synthetic": 320, "training": 10.4, "generation": 4.0}
-
-    result = {"real only": scores(0.617, 0.616, 0.065, 0.062), "ActGen": scores(0.873, 0.872, 0.696, 0.691)}
+def test_the_last_lines_are_a_table_of_both_accuracies_and_the_gain_as_readme_shows_it(capsys):
+    readme = re.search(r"```\n(accuracy in %.*?)\n320", (ROOT / "README.md").read_text("utf-8"), re.S)[1]
+    rows = {
+        (split, key): [float(value) / 100 for value in (real, method)]
+        for split, key, real, method in re.findall(r"(\w+), (top-1|class mean) +([\d.]+) +([\d.]+)", readme)
+    }
+    keys = {"top1": "top-1", "class_mean": "class mean"}
+    result = {
+        title: {s: {k: rows[s, shown][place] for k, shown in keys.items()} for s in ("test", "test_ood")}
+        | {"synthetic": 320, "training": 10.4, "generation": 4.0}
+        for place, title in enumerate(("real only", "ActGen"))
+    }
     common.report(result, "runs/x")
     table = capsys.readouterr().out
-    readme = re.search(r"```\n(accuracy in %.*?)\n320", (ROOT / "README.md").read_text("utf-8"), re.S)[1]
     assert table == f"{readme}\n320 images generated in 8 s, 21 s of training; runs/x\n"
+    (real, method), gain = (100 * v for v in rows["test", "top1"]), table.split("\n")[1].split()[-1]
+    assert float(gain) == pytest.approx(method - real, abs=0.06)
     common.report({"real only": result["real only"]}, "runs/x")
     assert "gain" not in capsys.readouterr().out
 
