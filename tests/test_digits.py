@@ -8,6 +8,7 @@ import importlib
 import itertools
 import math
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -522,15 +523,19 @@ def test_every_method_trains_for_about_600_steps_on_as_many_images(k, images, tm
     def record(args, accelerator):
         runs[args.out.removeprefix(f"{tmp_path}/")] = args
         (tmp_path / args.out / "embeddings").mkdir(parents=True)
-        return {"the classifier": {"generation": 1.0, "training": 1.0}}
+        result = {"DreamDA, seed labels": {"generation": 1.0, "training": 1.0}}
+        common.write_file(Path(args.out) / "result.json", result)
+        return result
 
     for script in (actgen, diagen, dreamda):
         monkeypatch.setattr(script, "run_once", record)
     monkeypatch.setattr(compare, "train_by_formula", lambda *args, **arguments: {"training": 1.0})
-    found = list(compare.methods(k, images, 0, tmp_path))
-    names = [name for name in found if name in runs]
-    assert len(names) == 12 and {*found} - {*names} == {"CutMix", "label smoothing"}
-    assert names[:2] == [compare.PLAIN, compare.BASE]
+    comparison = compare.Comparison(k, images, 0, tmp_path)
+    for name in compare.METHODS:
+        assert comparison.run(name)[0]["training"] == 1.0
+    names = [name for name in compare.METHODS if name in runs]
+    assert len(names) == 12 and {*compare.METHODS} - {*names} == {"CutMix", "label smoothing"}
+    assert names[:2] == compare.WITHOUT_IMAGES[:2] == [compare.PLAIN, compare.BASE]
     assert all((args.examples_per_class, args.seed) == (k, 0) for args in runs.values())
     for name in names:
         args = runs[name]

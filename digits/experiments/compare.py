@@ -92,61 +92,94 @@ def train_by_formula(name: str, out: Path, **arguments) -> dict:
     return common.read_file(out / "result.json")
 
 
-def methods(k: int, images: int, seed: int, out: Path, **dials) -> dict:
-    """Runs every method on k real images per class, in the world of the dials (style, diffusion).
+class Comparison:
+    """The methods on k real images per class and about `images` synthetic ones, in the world of the dials.
 
-    Returns, by name, (scores, folder of the synthetic images or None, seconds of generation).
+    out: folder of the runs; dials: style, diffusion
+
+    A method is called with its name and what to change in its settings. It returns its scores, the folder of
+    its synthetic images or None, and the seconds of their generation.
     """
-    draw = dict(seed=seed, examples_per_class=k, **dials)
-    M = max(1, images // (10 * k))  # variations of a real image
-    epochs = STEPS // math.ceil(10 * k * M / SYNTHETIC)
-    plain = draw | dict(variations=M, batch_size=REAL, eval_every=1000, epochs=epochs)
 
-    # without synthetic images
-    found = {}
-    for name, augment in {PLAIN: "none", BASE: "digits", "RandAugment": "digits+randaugment"}.items():
-        found[name] = run(dreamda, out / name, **plain, real_only=True, augment=augment), None, 0.0
-    for name in ("CutMix", "label smoothing"):
-        torch.manual_seed(seed)
-        found[name] = train_by_formula(name, out / name, **plain), None, 0.0
-    if not images:
-        return found
+    def __init__(self, k: int, images: int, seed: int, out: Path, **dials):
+        self.k, self.images, self.seed, self.out = k, images, seed, out
+        self.draw = dict(seed=seed, examples_per_class=k, **dials)
+        self.M = max(1, images // (10 * k))  # variations of a real image
+        epochs = STEPS // math.ceil(10 * k * self.M / SYNTHETIC)
+        self.plain = self.draw | dict(variations=self.M, batch_size=REAL, eval_every=1000, epochs=epochs)
 
-    # methods that differ in their images alone: DIAGen's script makes them, DreamDA's trains on them
-    for name, changes in {
-        TEXT: dict(method="real_guidance", strength=[1.0]),
-        "Real Guidance, as published": dict(method="real_guidance_published"),
-        "Real Guidance": dict(method="real_guidance"),
-        "DA-Fusion": dict(method="da_fusion"),
-        "DA-Fusion, as published": dict(
-            method="da_fusion_published", embeddings=str(out / "DA-Fusion, images")
-        ),
-    }.items():
-        source = out / f"{name}, images"
-        made = run(diagen, source, **draw, variations=M, epochs=1, iterations=1, **changes)
-        scores = run(dreamda, out / name, **plain, labels="seed", synthetic=str(source))
-        found[name] = scores, source / "synthetic", made["generation"]
+    def run(self, name: str, **changes):
+        """The result of a method of METHODS, some of its settings changed."""
+        method, settings = METHODS[name]
+        return method(self, name, **settings | changes)
 
-    # ActGen: 40 epochs, of which the first half sees four fifths of the real images and, each, more variants
-    epochs, half = 40, 20
-    seen = 10 * k * (epochs - 0.2 * half) + images * (1.5 * half - 0.5)
-    options = dict(epochs=epochs, images_per_epoch=images // half, batch_size=round(seen / STEPS))
-    scores = run(actgen, out / "ActGen", **draw, **options, eval_every=1000)
-    found["ActGen"] = scores, out / "ActGen" / "synthetic", scores["generation"]
+    def tokens(self) -> str:
+        """The folder of the run whose learned tokens DA-Fusion and DIAGen share."""
+        return str(self.out / "DA-Fusion, images")
 
-    # DreamDA without and with AMST, on the same images
-    name = "DreamDA, seed labels"
-    scores = run(dreamda, out / name, **plain, labels="seed")
-    found[name] = scores, out / name / "synthetic", scores["generation"]
-    amst = run(dreamda, out / "DreamDA", **plain, synthetic=str(out / name))
-    found["DreamDA"] = amst, out / name / "synthetic", scores["generation"]
+    def real(self, name: str, **changes):
+        """Training on the real images alone."""
+        return run(dreamda, self.out / name, **self.plain | changes, real_only=True), None, 0.0
 
-    # DIAGen, with DA-Fusion's tokens
-    options = dict(variations=M, epochs=30, iterations=STEPS // 30)
-    options |= dict(batch_size=REAL + SYNTHETIC, synthetic_probability=SYNTHETIC / (REAL + SYNTHETIC))
-    scores = run(diagen, out / "DIAGen", **draw, **options, embeddings=str(out / "DA-Fusion, images"))
-    found["DIAGen"] = scores, out / "DIAGen" / "synthetic", scores["generation"]
-    return found
+    def by_formula(self, name: str, **changes):
+        """The same with CutMix or label smoothing."""
+        torch.manual_seed(self.seed)
+        return train_by_formula(name, self.out / name, **self.plain | changes), None, 0.0
+
+    def img2img(self, name: str, **changes):
+        """Methods that differ in their images alone: DIAGen's script makes them, DreamDA's trains on them."""
+        source = self.out / f"{name}, images"
+        if changes["method"] == "da_fusion_published":
+            changes = dict(embeddings=self.tokens()) | changes
+        made = run(diagen, source, **self.draw | changes, variations=self.M, epochs=1, iterations=1)
+        scores = run(dreamda, self.out / name, **self.plain, labels="seed", synthetic=str(source))
+        return scores, source / "synthetic", made["generation"]
+
+    def actgen(self, name: str, **changes):
+        """ActGen: 40 epochs, of which the first half sees four fifths of the real images and ever more
+        variants.
+        """
+        epochs, half = 40, 20
+        seen = 10 * self.k * (epochs - 0.2 * half) + self.images * (1.5 * half - 0.5)
+        steps = dict(images_per_epoch=self.images // half, batch_size=round(seen / STEPS), eval_every=1000)
+        scores = run(actgen, self.out / name, **self.draw | changes, epochs=epochs, **steps)
+        return scores, self.out / name / "synthetic", scores["generation"]
+
+    def dreamda(self, name: str, **changes):
+        """DreamDA by seed labels, or by AMST on the images that it then has already."""
+        source = Path(changes.get("synthetic", self.out / "DreamDA, seed labels"))
+        if changes["labels"] != "seed":
+            changes["synthetic"] = str(source)
+        scores = run(dreamda, self.out / name, **self.plain | changes)
+        made = common.read_file(source / "result.json")["DreamDA, seed labels"]["generation"]
+        return scores, source / "synthetic", made
+
+    def diagen(self, name: str, **changes):
+        """DIAGen, with DA-Fusion's tokens."""
+        share = SYNTHETIC / (REAL + SYNTHETIC)
+        steps = dict(epochs=30, iterations=STEPS // 30, batch_size=REAL + SYNTHETIC)
+        settings = dict(variations=self.M, synthetic_probability=share, embeddings=self.tokens()) | steps
+        scores = run(diagen, self.out / name, **self.draw | settings | changes)
+        return scores, self.out / name / "synthetic", scores["generation"]
+
+
+METHODS = {  # a method runs after those above it
+    PLAIN: (Comparison.real, dict(augment="none")),
+    BASE: (Comparison.real, {}),
+    "RandAugment": (Comparison.real, dict(augment="digits+randaugment")),
+    "CutMix": (Comparison.by_formula, {}),
+    "label smoothing": (Comparison.by_formula, {}),
+    TEXT: (Comparison.img2img, dict(method="real_guidance", strength=[1.0])),
+    "Real Guidance, as published": (Comparison.img2img, dict(method="real_guidance_published")),
+    "Real Guidance": (Comparison.img2img, dict(method="real_guidance")),
+    "DA-Fusion": (Comparison.img2img, dict(method="da_fusion")),
+    "DA-Fusion, as published": (Comparison.img2img, dict(method="da_fusion_published")),
+    "ActGen": (Comparison.actgen, {}),
+    "DreamDA, seed labels": (Comparison.dreamda, dict(labels="seed")),
+    "DreamDA": (Comparison.dreamda, dict(labels="amst")),
+    "DIAGen": (Comparison.diagen, {}),
+}
+WITHOUT_IMAGES = [name for name, (method, _) in METHODS.items() if method.__name__ in ("real", "by_formula")]
 
 
 def distances(folder: Path, style: float) -> dict[str, float]:
@@ -158,10 +191,16 @@ def distances(folder: Path, style: float) -> dict[str, float]:
     return judge.distances_to_test(images, data, accelerator)[0]
 
 
-def results_of(k: int, images: int, seed: int, folder: Path, **dials) -> dict[str, dict]:
-    """The numbers of a seed's runs, by method: accuracies in %, distances, seconds."""
-    results = {}
-    for name, (scores, synthetic, generation) in methods(k, images, seed, folder, **dials).items():
+def results_of(
+    k: int, images: int, seed: int, folder: Path, names: list[str] | None = None, **dials
+) -> dict[str, dict]:
+    """The numbers of a seed's runs, by method: accuracies in %, distances, seconds.
+
+    names: of METHODS; without them all, or, if there are to be no synthetic images, those that need none
+    """
+    results, comparison = {}, Comparison(k, images, seed, folder, **dials)
+    for name in names or (METHODS if images else WITHOUT_IMAGES):
+        scores, synthetic, generation = comparison.run(name)
         result = {split: 100 * scores[split]["top1"] for split in ("test", "test_ood")}
         result |= {"generation": generation, "training": scores["training"]}
         if synthetic:
