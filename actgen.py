@@ -92,7 +92,7 @@ IMAGENET |= dict(warmup=5 / 130, augment="resized+randaugment", label_smoothing=
 VIT = dict(images_per_epoch=512, epochs=300, batch_size=1024, optimizer="adamw", lr=1e-3, weight_decay=0.05)
 VIT |= dict(warmup=20 / 300, mixup=True)
 
-DIGITS = SD21 | dict(diffusion=common.DIGITS_SD, prompt="a photo of a {}", guidance_scale=4.0)
+DIGITS = SD21 | dict(diffusion=common.DIGITS_SD, prompt="a photo of a {}", guidance_scale=7.5)
 DIGITS |= dict(steps=20, guidance_centre=6.25, gradient_steps=5)  # choice: half, as good here
 DIGITS |= dict(generation_batch_size=16, attention_resolution=8, nu=1.0, channel_steps=False)
 DIGITS |= dict(images_per_epoch=16, genval_share=0.2, examples_per_class=50, classifier="small_cnn")

@@ -44,7 +44,8 @@ from transformers.hf_argparser import HfArg, HfArgumentParser
 from digits import world
 
 ROOT = Path(__file__).resolve().parent
-DIGITS_SD = str(ROOT / "digits" / "sd")  # the embedded Stable Diffusion
+DIGITS_SD = str(ROOT / "digits" / "sd")  # the embedded Stable Diffusion, as imperfect as a real one
+DIGITS_CLEAN = str(ROOT / "digits" / "sd_clean")  # another, which knows the digits nearly perfectly
 CACHE = Path(os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache"), "generative-augmentation")
 
 

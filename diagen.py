@@ -123,7 +123,7 @@ RECIPES = {name: SD14 for name in common.DATASETS} | {
         # the embedded generator
         diffusion=common.DIGITS_SD,
         steps=15,
-        guidance_scale=4.0,
+        guidance_scale=7.5,
         generation_batch_size=40,
         # Textual Inversion
         inversion_steps=100,
@@ -135,8 +135,9 @@ RECIPES = {name: SD14 for name in common.DATASETS} | {
         # units of the root mean square of Stable Diffusion 1.4's embeddings.
         sigmas=[0.0, 0.33, 0.67, 1.67],
         relative_sigma=True,
-        # choice: the frozen backbone was pretrained without class labels. It tells apart the 898 digits that
-        # the generator was trained on, whatever their colour, setting and geometry (digits/pretrain.py).
+        # choice: all of the classifier learns. Its backbone was pretrained to ignore what DIAGen varies: the
+        # colour, the setting and the geometry of a digit (digits/pretrain.py).
+        frozen=False,
         classifier="small_cnn",
         image_size=32,
         augment="digits",

@@ -2,19 +2,20 @@
 
     python digits/pretrain.py                        an hour and a half on two cores
     python digits/pretrain.py --folder mydigits      the same, but the weights in digits/ stay as they are
-    python digits/pretrain.py --start digits/sd --confusion 0.45 --steps 2000 --lr 7e-4 --folder mydigits
-                                                     ten minutes: the generator, confused by other captions
+    python digits/pretrain.py --start digits/sd_clean --confusion 0.4 --variety 100 --folder mydigits
+                                                     a quarter of an hour: the last stage, with other dials
 
 The stages, in order:
-    render_web           the generator's images and captions
+    render_web           the images and captions of all the web
     train_backbone       the pretrained weights of the small CNN, learned without class labels
     train_oracle         the classifier that judges synthetic images, trained on every style
     train_autoencoder    the VAE; its latents are then computed once, by encode_pool
-    train_unet           the U-Net and, jointly, the text encoder
+    train_unet           the U-Net and, jointly, the text encoder: the generator that knows its digits
+    spoil                trains it further, on few digits and on captions that confuse look-alikes
 
 Every stage keeps its result in --out, and the longest one a checkpoint every --save_every steps, so the same
 command goes on where it was stopped. Only when all stages are done, the weights in --folder are replaced:
-sd/ (in diffusers' own layout), oracle/ and backbone/.
+sd_clean/ and sd/ (in diffusers' own layout), oracle/ and backbone/.
 """
 
 import copy
@@ -37,6 +38,8 @@ import common  # noqa: E402
 from common import number  # noqa: E402
 from digits import judge, world  # noqa: E402
 
+CONFUSION, VARIETY = 0.45, 898  # of digits/sd
+
 
 @dataclass
 class Args:
@@ -45,9 +48,9 @@ class Args:
     folder: str = HfArg(default=str(judge.FOLDER), help="folder that the trained weights are written to")
     out: str = HfArg(default="runs/pretrain", help="folder of the stages' results and of the checkpoint")
     overwrite: bool = HfArg(default=False, help="start afresh if --out holds a training")
-    confusion: float = number("[0, 1)", "share of captions that name the look-alike of the digit", 0.0)
-    variety: int = number("[10, 898]", "digits that the generator sees", 898)
-    start: str | None = HfArg(default=None, help="fine-tune this Stable Diffusion's U-Net and text encoder")
+    confusion: float = number("[0, 1)", "share of captions that name the look-alike of the digit", CONFUSION)
+    variety: int = number("[10, 898]", "digits that the generator sees at the end", VARIETY)
+    start: str | None = HfArg(default=None, help="only spoil this Stable Diffusion of the digits world")
     images: int = number("[1, 1e7]", "renders of the web pool", 40000)
     backbone_copies: int = number("[1, 1e4]", "renders of each digit for the backbone", 16)
     backbone_steps: int = number("[1, 1e7]", "steps of the backbone, batch 64", 2500)
@@ -56,6 +59,8 @@ class Args:
     steps: int = number("[1, 1e7]", "steps of the U-Net and the text encoder", 9000)
     batch_size: int = number("[1, 1e5]", "batch size of the U-Net", 64)
     lr: float = number("(0, 1]", "peak learning rate of the U-Net", 1.5e-3)
+    spoil_steps: int = number("[1, 1e7]", "steps of the last stage", 2000)
+    spoil_lr: float = number("(0, 1]", "peak learning rate of the last stage", 7e-4)
     save_every: int = number("[1, 1e7]", "steps of the U-Net from one checkpoint to the next", 500)
     seed: int = number("[0, 4294967295]", "seed of every random draw", 0)
 
@@ -155,13 +160,13 @@ def build_pipeline():
 # The stages
 
 
-def render_web(args: Args, tokenizer) -> dict[str, torch.Tensor]:
-    """Renders args.variety digits of the web pool; see world.render_pool. The captions become token ids,
-    int64 [N, 16], of which the share args.confusion names the look-alike.
+def render_web(args: Args, tokenizer, variety: int = 898, confusion: float = 0.0) -> dict[str, torch.Tensor]:
+    """Renders `variety` digits of the web pool; see world.render_pool. The captions become token ids, int64
+    [N, 16], of which the share `confusion` names the look-alike.
     """
-    print(f"rendering {args.images} images of the web pool")
-    digits = world.web_digits(args.variety)
-    web = world.render_pool(digits, args.images, args.seed + 1, confusion=args.confusion)
+    print(f"rendering {args.images} images of {variety} digits of the web pool")
+    digits = world.web_digits(variety)
+    web = world.render_pool(digits, args.images, args.seed + 1, confusion=confusion)
     return web | {"captions": tokenize(tokenizer, web["captions"])}
 
 
@@ -283,21 +288,15 @@ def noise_errors(pipe, latents: torch.Tensor, captions: torch.Tensor, empty: tor
     return (pipe.unet(x, t, text).sample - noise).square().mean((1, 2, 3)), t
 
 
-def load_start(folder: str, device):
-    """Loads a Stable Diffusion of the digits world whose U-Net and text encoder are to be trained further."""
-    pipe = common.load_pipeline(folder, device)
-    for part in (pipe.unet, pipe.text_encoder):
-        part.train().requires_grad_(True)
-    return pipe
-
-
 def averaged(model: nn.Module, decay: float) -> nn.Module:
     """An exponential moving average of the weights and buffers; update_parameters(model) advances it."""
     average = torch.optim.swa_utils.get_ema_multi_avg_fn(decay)
     return torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=average, use_buffers=True)
 
 
-def train_unet(args: Args, run: common.Run, pipe, latents: torch.Tensor, captions: torch.Tensor):
+def train_unet(
+    args: Args, run: common.Run, title: str, pipe, latents: torch.Tensor, captions: torch.Tensor, steps, lr
+) -> nn.ModuleDict:
     """Trains the U-Net and the text encoder to predict noise, and returns their averaged weights.
 
     An error is weighted by min(SNR, 5) / SNR of its timestep: min-SNR-5 for noise prediction (Hang et al.
@@ -305,21 +304,21 @@ def train_unet(args: Args, run: common.Run, pipe, latents: torch.Tensor, caption
     reaches over a ninth of the steps.
     """
     pipe.unet.to(memory_format=torch.channels_last)  # a sixth faster on the CPU
-    model = nn.ModuleDict({"unet": pipe.unet, "text_encoder": pipe.text_encoder})
-    ema = averaged(model, 1 - 9 / max(args.steps, 10))
-    optimizer = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=0.01)
+    model = nn.ModuleDict({"unet": pipe.unet, "text_encoder": pipe.text_encoder}).requires_grad_(True).train()
+    ema = averaged(model, 1 - 9 / max(steps, 10))
+    optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=0.01)
     alphas = pipe.scheduler.alphas_cumprod.to(latents.device)
     weights = torch.clamp(5 * (1 - alphas) / alphas, max=1)  # SNR = alpha-bar / (1 - alpha-bar)
 
     empty = tokenize(pipe.tokenizer, [""]).to(latents.device)
     parts = dict(model=model, ema=ema, optimizer=optimizer)
-    for part in run.epochs("U-Net", math.ceil(args.steps / args.save_every), **parts):
+    for part in run.epochs(title, math.ceil(steps / args.save_every), **parts):
         first, total = part * args.save_every, 0.0
-        last = min(first + args.save_every, args.steps)
-        for step in (bar := tqdm(range(first, last), "U-Net", leave=False)):
+        last = min(first + args.save_every, steps)
+        for step in (bar := tqdm(range(first, last), title, leave=False)):
             for group in optimizer.param_groups:
-                falling = (args.steps - step) / (0.4 * args.steps)
-                group["lr"] = args.lr * min((step + 1) / 300, 1, falling)
+                falling = (steps - step) / (0.4 * steps)
+                group["lr"] = lr * min((step + 1) / 300, 1, falling)
             errors, t = noise_errors(pipe, latents, captions, empty, step, args.batch_size)
             optimizer.zero_grad()
             (weights[t] * errors).mean().backward()
@@ -331,6 +330,18 @@ def train_unet(args: Args, run: common.Run, pipe, latents: torch.Tensor, caption
         run.log(loss=total / (last - first))
         save_pipeline(pipe, ema.module, run.path / "sd")  # to look at while the training goes on
     return ema.module
+
+
+def spoil(args: Args, run: common.Run, pipe) -> nn.ModuleDict:
+    """Trains a generator further on the web as the dials make it, and returns the averaged weights.
+
+    It comes second because names are learned too slowly from captions of which nearly half are wrong.
+    """
+    web = run.once("spoiled.pt", render_web, args, pipe.tokenizer, args.variety, args.confusion)
+    images, captions = (web[key].to(pipe.device) for key in ("images", "captions"))
+    latents = encode_pool(pipe.vae, images.permute(0, 3, 1, 2), rescale=False)
+    steps, lr = args.spoil_steps, args.spoil_lr
+    return train_unet(args, run, "spoiled U-Net", pipe, latents, captions, steps, lr)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -366,29 +377,32 @@ def save_sheet(path: Path) -> None:
 
 
 def train(args: Args) -> None:
-    """Runs all stages, or those still to do, then writes the weights to args.folder.
-
-    From args.start on, the generator alone is trained, in the latents of the VAE that it has.
-    """
+    """Runs all stages, or those still to do, then writes the weights to args.folder."""
     accelerator = common.make_accelerator()
     run, device = common.Run(args, accelerator, free=("folder",)), accelerator.device
     run.begin()
     save_sheet(run.path / "digits.png")
     torch.manual_seed(args.seed)
-    pipe = build_pipeline().to(device) if args.start is None else load_start(args.start, device)
-    web = run.once("web.pt", render_web, args, pipe.tokenizer)
-    images, captions = web["images"].permute(0, 3, 1, 2).to(device), web["captions"].to(device)
-
-    folder, classifiers = Path(args.folder), {}
+    folder, classifiers, generators = Path(args.folder), {}, {}
     if args.start is None:
+        pipe = build_pipeline().to(device)
+        web = run.once("web.pt", render_web, args, pipe.tokenizer)
+        images, captions = web["images"].permute(0, 3, 1, 2).to(device), web["captions"].to(device)
         classifiers["backbone"] = run.once("backbone.pt", train_backbone, args, device)
         classifiers["oracle"] = run.once("oracle.pt", train_oracle, args, device)
         pipe.vae.load_state_dict(run.once("vae.pt", train_autoencoder, args, pipe.vae, images))
-    pipe.vae.eval().requires_grad_(False)
-    latents = encode_pool(pipe.vae, images, rescale=args.start is None)
-    weights = train_unet(args, run, pipe, latents, captions)
+        pipe.vae.eval().requires_grad_(False)
+        latents = encode_pool(pipe.vae, images)
+        clean = train_unet(args, run, "U-Net", pipe, latents, captions, args.steps, args.lr)
+        pipe.unet.load_state_dict(clean["unet"].state_dict())
+        pipe.text_encoder.load_state_dict(clean["text_encoder"].state_dict())
+        generators["sd_clean"] = clean
+    else:
+        pipe = common.load_pipeline(args.start, device)
+    generators["sd"] = spoil(args, run, pipe)
 
-    save_pipeline(pipe, weights, folder / "sd")
+    for name, weights in generators.items():
+        save_pipeline(pipe, weights, folder / name)
     for name, trained in classifiers.items():
         save_classifier(trained, folder / name)
     print(f"the trained weights are in {folder}")

@@ -37,7 +37,7 @@ SETTINGS = ["temple", "flower", "plain"]
 SIZE = 32
 PIXELS_PER_DIGIT_PIXEL = 3.3  # an 8x8 digit becomes about 26 of the 32 pixels high
 LOOK_ALIKE = {0: 6, 6: 0, 1: 7, 7: 1, 2: 3, 3: 2, 4: 9, 9: 4, 5: 8, 8: 5}
-STYLE = 0.0  # of the data set "digits"
+STYLE = 0.65  # of the data set "digits", the default world
 MIN_CONTRAST = 0.33  # of the distance from black to white, between a digit and 90 % of its surroundings
 
 

@@ -22,8 +22,8 @@ from digits import world  # noqa: E402
 
 @pytest.fixture(scope="session")
 def pipe():
-    """The embedded Stable Diffusion, frozen, fp32 on the CPU, DDPM sampling."""
-    return common.load_pipeline(common.DIGITS_SD)
+    """The embedded Stable Diffusion that knows its digits, frozen, fp32 on the CPU, DDPM sampling."""
+    return common.load_pipeline(common.DIGITS_CLEAN)
 
 
 @pytest.fixture(scope="session")
@@ -38,10 +38,11 @@ def fixed_seed():
 
 
 @pytest.fixture(scope="module")
-def quick(pipe):
+def quick():
     """For runs in this process: 100 digits to evaluate on; the embedded generator is loaded once."""
     few = {k: v if k == "train" else (v[0][:100], v[1][:100]) for k, v in world.splits().items()}
     load = common.load_pipeline
+    pipe = load(common.DIGITS_SD)
 
     def load_once(name, *arguments, **options):
         return load(name, *arguments, **options) if name != common.DIGITS_SD or options.get("lora") else pipe

@@ -57,7 +57,7 @@ def assert_alike(here, there, tolerance=0.05):
 @pytest.fixture(scope="module")
 def on_gpu():
     """The embedded Stable Diffusion on the pretend GPU."""
-    return common.load_pipeline(common.DIGITS_SD, GPU)
+    return common.load_pipeline(common.DIGITS_CLEAN, GPU)
 
 
 @pytest.fixture
@@ -254,7 +254,7 @@ def test_img2img(pipe, on_gpu, sources):
 
 def invert_text(device, sources, tokens=2, steps=4, dtype=None):
     """Learned embeddings, with noise, and the pipeline, whose table has them."""
-    pipe = common.load_pipeline(common.DIGITS_SD, device, dtype)
+    pipe = common.load_pipeline(common.DIGITS_CLEAN, device, dtype)
     start = diagen.initial_embeddings(pipe, world.NAMES[:tokens])
     rows = diagen.textual_inversion(
         pipe, sources[0], torch.arange(4) % tokens, [f"<{i}>" for i in range(tokens)], start, steps=steps,
@@ -425,7 +425,7 @@ HALF = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["b
 
 @HALF
 def test_half_precision_draws_nearly_the_same(pipe, sources, dtype):
-    half, two = common.load_pipeline(common.DIGITS_SD, dtype=dtype), [part[:2] for part in sources]
+    half, two = common.load_pipeline(common.DIGITS_CLEAN, dtype=dtype), [part[:2] for part in sources]
     for draw in (
         lambda pipe: guided(pipe, two, 2, steps=6, nu=0.05).images,
         lambda pipe: common.decode(pipe, varied(pipe, two)),
@@ -440,7 +440,7 @@ def test_half_precision_draws_nearly_the_same(pipe, sources, dtype):
 @HALF
 def test_only_the_networks_compute_in_half_precision(monkeypatch, pipe, sources, dtype):
     """With a U-Net whose output half precision can hold, the samplers' steps give what they give in fp32."""
-    half = common.load_pipeline(common.DIGITS_SD, dtype=dtype)
+    half = common.load_pipeline(common.DIGITS_CLEAN, dtype=dtype)
     z = torch.randn(4, 4, 16, 16)
     monkeypatch.setattr(common, "encode", lambda pipe, images: z[: len(images)])
     monkeypatch.setattr(common, "decode", lambda pipe, latents: latents)
@@ -482,7 +482,7 @@ def save_tiny_llm(folder):
 def test_the_language_model_is_never_in_memory_beside_the_generator(engine, data, tmp_path, monkeypatch):
     """The generator leaves the GPU before the language model is loaded, and returns when that is gone."""
     save_tiny_llm(tmp_path / "llm")
-    pipe, events = common.load_pipeline(common.DIGITS_SD, GPU), []
+    pipe, events = common.load_pipeline(common.DIGITS_CLEAN, GPU), []
     parts = (pipe.unet, pipe.vae, pipe.text_encoder)
     load, to = AutoModelForCausalLM.from_pretrained, pipe.to
 

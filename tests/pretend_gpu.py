@@ -1,6 +1,6 @@
 """A pretend GPU: a device whose tensors compute on the CPU, but are as strict as tensors on a GPU.
 
-    pipe = common.load_pipeline(common.DIGITS_SD, pretend_gpu.DEVICE)
+    pipe = common.load_pipeline(common.DIGITS_CLEAN, pretend_gpu.DEVICE)
     latents = common.encode(pipe, images)  # an error if a tensor were on the wrong device
     print(pretend_gpu.waits(lambda: common.decode(pipe, latents)))
 

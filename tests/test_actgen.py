@@ -147,7 +147,7 @@ def test_gradient_checkpointing_changes_no_image(guides, oracle):
     """Its second forward pass must not feed the attention maps again."""
     out = []
     for on in (False, True):
-        pipe = common.load_pipeline(common.DIGITS_SD, gradient_checkpointing=on)
+        pipe = common.load_pipeline(common.DIGITS_CLEAN, gradient_checkpointing=on)
         assert pipe.unet.is_gradient_checkpointing == on
         two = [part[:2] for part in guides]
         out.append(draw(pipe, two, classifier=oracle, nu=0.05, steps=12))

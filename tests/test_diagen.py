@@ -33,7 +33,7 @@ def generators(n, key=0):
 @pytest.fixture(scope="module")
 def pipe():
     """The embedded Stable Diffusion, loaded for this module alone, because its vocabulary grows."""
-    return common.load_pipeline(common.DIGITS_SD)
+    return common.load_pipeline(common.DIGITS_CLEAN)
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +85,7 @@ def test_nothing_but_the_new_tokens_rows_changes(pipe, learned):
 
 
 def test_stock_diffusers_loads_the_embedding_and_uses_it(pipe, learned, tmp_path):
-    stock = StableDiffusionPipeline.from_pretrained(common.DIGITS_SD)
+    stock = StableDiffusionPipeline.from_pretrained(common.DIGITS_CLEAN)
     for row, token in zip(learned.rows, TOKENS, strict=True):
         diagen.save_embedding(row, token, tmp_path / "learned_embeds.safetensors")
         assert torch.equal(diagen.load_embedding(tmp_path / "learned_embeds.safetensors", 96), row)
@@ -147,7 +147,7 @@ def test_the_gradient_is_that_of_the_denoising_error(pipe, few, prediction, monk
 
 
 def test_gradient_checkpointing_changes_nothing(pipe, few):
-    less_memory = common.load_pipeline(common.DIGITS_SD, gradient_checkpointing=True)
+    less_memory = common.load_pipeline(common.DIGITS_CLEAN, gradient_checkpointing=True)
     assert less_memory.unet.is_gradient_checkpointing and less_memory.vae.is_gradient_checkpointing
     plain, again = (invert(p, *few, [0, 1, 2], 2) for p in (pipe, less_memory))
     assert torch.allclose(plain, again, atol=1e-4)
@@ -428,7 +428,7 @@ def test_validation_images_come_from_what_the_few_shot_draw_left(monkeypatch, ca
 def test_gradient_checkpointing_changes_no_token(few):
     learned = []
     for on in (False, True):
-        pipe = common.load_pipeline(common.DIGITS_SD, gradient_checkpointing=on)
+        pipe = common.load_pipeline(common.DIGITS_CLEAN, gradient_checkpointing=on)
         start = diagen.initial_embeddings(pipe, ["one"], "background")
         images, labels = few[0][:2], torch.zeros(2, dtype=torch.long)
         learned.append(diagen.textual_inversion(pipe, images, labels, ["<one>"], start, steps=3, lr=0.02))

@@ -248,15 +248,15 @@ def test_the_oracles_reading_is_that_of_the_whole_network(oracle, real):
 # ----------------------------------------------------------------------------------------------------------
 # The embedded generator, judged by the oracle
 
-GUIDANCE, STEPS = 4.0, 15
+STEPS = 15
 
 
-def sample(pipe, prompts, seed):
+def sample(pipe, prompts, seed, guidance_scale=4.0):
     parts = []
     for i in range(0, len(prompts), 20):
         some = prompts[i : i + 20]
         generators = [common.generator(seed, j) for j in range(i, i + len(some))]
-        options = {"guidance_scale": GUIDANCE, "num_inference_steps": STEPS, "output_type": "pt"}
+        options = {"guidance_scale": guidance_scale, "num_inference_steps": STEPS, "output_type": "pt"}
         parts.append(pipe(some, generator=generators, **options).images)
     return torch.cat(parts)
 
@@ -274,24 +274,23 @@ def test_class_prompts_draw_the_digit(pipe, oracle, real):
     assert distances["fid"] < 12 and distances["precision"] > 0.8 and distances["recall"] > 0.8
 
 
-def test_the_confused_generator_draws_the_digit_or_its_look_alike(oracle):
-    """Beside a target in a style of 0.65, as a real generator is beside a data set of one's own."""
-    labels, pipe = torch.arange(200) % 10, common.load_pipeline(str(judge.FOLDER / "sd_confused"))
-    images = sample(pipe, [world.caption(y) for y in labels], seed=3)
+def test_the_default_world_has_what_the_papers_start_from(oracle):
+    """Its generator confuses look-alikes, differs in style from the target, and its images vary less."""
+    labels, pipe = torch.arange(400) % 10, common.load_pipeline(common.DIGITS_SD)
+    images = sample(pipe, [world.caption(y) for y in labels.tolist()], seed=3, guidance_scale=7.5)
     read, alike = answers(oracle, images)[0], torch.tensor([world.LOOK_ALIKE[y] for y in labels.tolist()])
     right, wrong = share(read, labels), share(read, alike)
     digits = np.concatenate([world.pools()["train"], world.pools()["test"]])
-    target = as_float(world.render_pool(digits, 899, seed=2, style=0.65)["images"])
+    target = as_float(world.render_pool(digits, 899, seed=2, style=world.STYLE)["images"])
     features = [oracle.features(2 * x - 1) for x in (target, images)]
     distances = judge.distribution_distances(*features)
     halves = judge.distribution_distances(features[0][:450], features[0][450:])
+    rounded = [{k: round(v, 3) for k, v in found.items()} for found in (distances, halves)]
     print(
-        f"\nconfused: right {right:.3f}, look-alike {wrong:.3f};",
-        {k: round(v, 3) for k, v in distances.items()},
+        f"\nsd/: right {right:.3f}, look-alike {wrong:.3f}; {rounded[0]}\ntwo halves of the target: {rounded[1]}"
     )
-    print("two halves of the target:", {k: round(v, 3) for k, v in halves.items()})
     assert 0.55 < right < 0.75 and right + wrong > 0.97
-    assert distances["precision"] < halves["precision"] - 0.05 and distances["fid"] > 3 * halves["fid"]
+    assert distances["precision"] < halves["precision"] - 0.1 and distances["recall"] < halves["recall"] - 0.1
 
 
 def test_colour_and_setting_words_are_obeyed(pipe, oracle):
@@ -305,12 +304,12 @@ def test_colour_and_setting_words_are_obeyed(pipe, oracle):
 
 
 def test_stock_diffusers_loads_the_generator_and_it_is_small():
-    stock = StableDiffusionPipeline.from_pretrained(common.DIGITS_SD)
+    stock = StableDiffusionPipeline.from_pretrained(common.DIGITS_CLEAN)
     stock.set_progress_bar_config(disable=True)
     image = stock("a photo of a red seven on a flower background", num_inference_steps=2).images[0]
     assert image.size == (32, 32)
-    folders = [judge.FOLDER / name for name in ("sd", "oracle", "backbone")]
-    assert sum(f.stat().st_size for folder in folders for f in folder.rglob("*") if f.is_file()) < 8e6
+    for name in ("sd", "sd_clean", "oracle", "backbone"):
+        assert sum(f.stat().st_size for f in (judge.FOLDER / name).rglob("*") if f.is_file()) < 8e6
 
 
 def test_the_autoencoder_keeps_the_image(pipe, real):
@@ -379,7 +378,14 @@ def test_the_backbone_learns_from_the_web_pool_without_class_labels(monkeypatch)
 # The training
 
 TINY = dict(
-    images=64, backbone_copies=2, backbone_steps=3, oracle_epochs=2, vae_steps=3, steps=5, save_every=2
+    images=64,
+    backbone_copies=2,
+    backbone_steps=3,
+    oracle_epochs=2,
+    vae_steps=3,
+    steps=5,
+    spoil_steps=3,
+    save_every=2,
 )
 
 
@@ -430,6 +436,7 @@ def test_a_training_killed_in_every_stage_ends_in_the_same_weights(trained, tmp_
     kill_at(monkeypatch, "batch_of", 4, folder)  # in the autoencoder: the oracle takes two calls
     kill_at(monkeypatch, "noise_errors", 4, folder)  # in the second part of the U-Net's training
     kill_at(monkeypatch, "save_pipeline", 1, folder)  # before the second checkpoint
+    kill_at(monkeypatch, "spoil", 1, folder)
     assert not folder.exists()
     kill_at(monkeypatch, "save_classifier", 2, folder)  # in the midst of the final writing
     train(folder)
@@ -437,7 +444,7 @@ def test_a_training_killed_in_every_stage_ends_in_the_same_weights(trained, tmp_
 
 
 def test_the_trained_folder_loads_in_stock_diffusers_and_as_classifiers(trained):
-    stock = StableDiffusionPipeline.from_pretrained(trained / "sd")
+    stock = StableDiffusionPipeline.from_pretrained(trained / "sd_clean")
     stock.set_progress_bar_config(disable=True)
     images = stock(["a photo of a seven"] * 2, num_inference_steps=2, output_type="pt").images
     assert images.shape == (2, 3, 32, 32)
@@ -448,7 +455,7 @@ def test_the_trained_folder_loads_in_stock_diffusers_and_as_classifiers(trained)
     common.SmallCNN(10).features.load_state_dict(backbone)
     embedded = {
         str(f.relative_to(judge.FOLDER))
-        for n in ("sd", "oracle", "backbone")
+        for n in ("sd", "sd_clean", "oracle", "backbone")
         for f in (judge.FOLDER / n).rglob("*.*")
     }
     assert set(files_of(trained)) == embedded
@@ -523,7 +530,7 @@ def test_every_method_trains_for_about_600_steps_on_as_many_images(k, images, tm
     def record(args, accelerator):
         runs[args.out.removeprefix(f"{tmp_path}/")] = args
         (tmp_path / args.out / "embeddings").mkdir(parents=True)
-        result = {"DreamDA, seed labels": {"generation": 1.0, "training": 1.0}}
+        result = {"seed labels": {"generation": 1.0, "training": 1.0}}
         common.write_file(Path(args.out) / "result.json", result)
         return result
 

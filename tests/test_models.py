@@ -59,7 +59,7 @@ def run(script, out, *words, **changes):
 
 def learn(few, vectors, steps=20):
     """The pipeline after Textual Inversion of <two> and <seven>, their start and what they learned."""
-    pipe = common.load_pipeline(common.DIGITS_SD)
+    pipe = common.load_pipeline(common.DIGITS_CLEAN)
     start = diagen.initial_embeddings(pipe, NAMES, "background")
     start = start[:, None].repeat(1, vectors, 1) if vectors else start
     tokens = [f"<{name}>" for name in NAMES]
@@ -72,7 +72,7 @@ def test_all_vectors_of_a_token_learn_and_stock_diffusers_reads_them_bit_for_bit
     assert rows.shape == (2, 3, 96) and torch.equal(start[:, 0], start[:, 2])
     assert (rows - start).norm(dim=2).min() > 0.1
     assert min(torch.pdist(row).min() for row in rows) > 0.1  # and each learns something else
-    stock = StableDiffusionPipeline.from_pretrained(common.DIGITS_SD)
+    stock = StableDiffusionPipeline.from_pretrained(common.DIGITS_CLEAN)
     for row, name in zip(rows, NAMES, strict=True):
         file = tmp_path / name / "learned_embeds.safetensors"
         diagen.save_embedding(row, f"<{name}>", file)
@@ -147,7 +147,7 @@ def test_without_peft_a_lora_ends_in_one_line(script, tmp_path, monkeypatch):
 def a_lora(folder):
     """Saves LoRA weights of U-Net and text encoder in a folder; the stock pipeline with them, not fused."""
     peft = pytest.importorskip("peft")
-    stock = StableDiffusionPipeline.from_pretrained(common.DIGITS_SD)
+    stock = StableDiffusionPipeline.from_pretrained(common.DIGITS_CLEAN)
     options = dict(r=2, lora_alpha=2, init_lora_weights=False)
     stock.unet.add_adapter(peft.LoraConfig(target_modules=["to_q", "to_v"], **options))
     stock.text_encoder.add_adapter(peft.LoraConfig(target_modules=["q_proj"], **options))
@@ -164,7 +164,7 @@ def a_lora(folder):
 def test_a_lora_becomes_part_of_plain_layers(pipe, tmp_path):
     stock, x, t = a_lora(tmp_path), torch.randn(2, 4, 16, 16), torch.tensor([7, 700])
     for path in (tmp_path, tmp_path / "pytorch_lora_weights.safetensors"):
-        ours = common.load_pipeline(common.DIGITS_SD, lora=str(path))
+        ours = common.load_pipeline(common.DIGITS_CLEAN, lora=str(path))
         text = embed(ours, ["a red one", "a two"])
         assert torch.allclose(text, embed(stock, ["a red one", "a two"]), atol=1e-4)
         assert torch.allclose(ours.unet(x, t, text).sample, stock.unet(x, t, text).sample, atol=1e-3)
@@ -193,7 +193,7 @@ def test_a_lora_that_is_none_of_the_model_is_named(tmp_path):
         error = the_error(in_this_process(dreamda, **options))
         assert re.search(rf"cannot load --lora '.*{name}.safetensors': give LoRA weights", error)
     with pytest.raises(common.UserError, match="--lora '/nowhere/lora': no such file or folder"):
-        common.load_pipeline(common.DIGITS_SD, lora="/nowhere/lora")
+        common.load_pipeline(common.DIGITS_CLEAN, lora="/nowhere/lora")
 
 
 # --- few-step models

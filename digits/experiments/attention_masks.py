@@ -90,7 +90,7 @@ def guided_maps(pipe, samples: dict) -> dict[tuple[str, str, int], torch.Tensor]
                 generators=[common.generator(2, j) for j in range(i, min(n, i + BATCH))],
                 prompt=PROMPT,
                 steps=STEPS,
-                guidance_scale=4.0,
+                guidance_scale=7.5,
                 attention_resolution=8,
             )
     finally:

@@ -151,7 +151,7 @@ class Comparison:
         if changes["labels"] != "seed":
             changes["synthetic"] = str(source)
         scores = run(dreamda, self.out / name, **self.plain | changes)
-        made = common.read_file(source / "result.json")["DreamDA, seed labels"]["generation"]
+        made = common.read_file(source / "result.json")["seed labels"]["generation"]
         return scores, source / "synthetic", made
 
     def diagen(self, name: str, **changes):
