@@ -286,9 +286,7 @@ def test_the_default_world_has_what_the_papers_start_from(oracle):
     distances = judge.distribution_distances(*features)
     halves = judge.distribution_distances(features[0][:450], features[0][450:])
     rounded = [{k: round(v, 3) for k, v in found.items()} for found in (distances, halves)]
-    print(
-        f"\nsd/: right {right:.3f}, look-alike {wrong:.3f}; {rounded[0]}\ntwo halves of the target: {rounded[1]}"
-    )
+    print(f"\nsd/: right {right:.3f}, look-alike {wrong:.3f};", *rounded, sep="\n")
     assert 0.55 < right < 0.75 and right + wrong > 0.97
     assert distances["precision"] < halves["precision"] - 0.1 and distances["recall"] < halves["recall"] - 0.1
 
