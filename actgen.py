@@ -749,7 +749,11 @@ def run_once(args: Args, accelerator) -> dict:
     if args.real_only or args.baseline:
         result["real only"] = train_on_real(args, run, accelerator, data)
     if not args.real_only:
-        result["ActGen"] = train(args, run, accelerator, data, pipe)
+        scores = result["ActGen"] = train(args, run, accelerator, data, pipe)
+        if args.baseline and scores["synthetic"]:
+            net, _, _ = common.new_classifier(args, accelerator, data.class_names)
+            judged = (run.path / "synthetic", data, accelerator, args.workers)
+            scores["judged"] = common.judge_images(net, run, "real only", *judged)
     return run.finish(result)
 
 

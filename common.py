@@ -3,7 +3,7 @@
 Images are float [B, 3, H, W] in [0, 1] between functions. Latents are scaled by the VAE's scaling factor.
 Every image has a random generator of its own, which is passed in, so the batch size never changes a draw.
 
-README says, under "What is equal", how far results are reproducible.
+README says how far results are reproducible.
 """
 
 import argparse
@@ -1323,6 +1323,46 @@ def scores(logits: torch.Tensor, labels: torch.Tensor) -> dict:
     }
 
 
+def frechet_distance(real: torch.Tensor, fake: torch.Tensor) -> float:
+    """The FID (Heusel et al. 2017) of features `fake` [M, D] to `real` [N, D]."""
+    from torchmetrics.image.fid import FrechetInceptionDistance
+
+    identity = nn.Identity()
+    identity.num_features = real.shape[1]
+    fid = FrechetInceptionDistance(identity)
+    fid.update(real, real=True)
+    fid.update(fake, real=False)
+    return fid.compute().item()
+
+
+def judge_images(net, run, title: str, folder: Path, data: Data, accelerator, workers: int = 0) -> dict:
+    """How well the generator knows classes and style: how a classifier of real images sees its images.
+
+    net, title: a new classifier, and the title in the run of the one whose weights it takes
+    folder: of the synthetic images and their metadata
+
+    Returns "read", the share of the synthetic images that it takes for their class; "read_test", the same of
+    the real test images; "fid", the FID of the two in its features; "by", the title. At most 2,000 images
+    of each are looked at.
+    """
+    net.load_state_dict(read_file(run.path / f"{slug(title)}.pt")["model"])
+    records = read_records(folder, data.class_names)
+    files, labels = [folder / r["file_name"] for r in records], [r["label"] for r in records]
+    synthetic, head, inputs, read = Images(files, labels, data.test.transform), last_linear(net)[1], [], []
+    hook = head.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0].float()))
+
+    def reduce(logits):
+        return logits.flatten(1)[:, : len(data.class_names)].argmax(1), inputs.pop()
+
+    for images in (data.test, synthetic):
+        some = images.subset(np.random.default_rng(0).permutation(len(images))[:2000])
+        read.append(predict(net, some, accelerator, workers, reduce=reduce))
+    hook.remove()
+    real, fake = (features for _, features, _ in read)
+    shares = [(found == truth).float().mean().item() for found, _, truth in read]
+    return {"by": title, "read_test": shares[0], "read": shares[1], "fid": frechet_distance(real, fake)}
+
+
 def confidence_interval(values) -> tuple[float, float]:
     """The mean, and half the width of the 95 % interval (Student's t), which is NaN for a single value."""
     from scipy.stats import sem, t
@@ -1872,6 +1912,12 @@ def report(result: dict[str, dict], out: str) -> None:
     widths = [max(map(len, column)) for column in columns]
     for first, *cells in zip(*columns, strict=True):
         print(first.ljust(widths[0]), *map(str.rjust, cells, widths[1:]), sep="  ")
+    if judged := scores[-1].get("judged"):
+        print(
+            f"{judged['by']} reads {100 * judged['read']:.1f} % of the synthetic images as their class, and "
+            f"{100 * judged['read_test']:.1f} % of the test images; FID of the two in its features "
+            f"{judged['fid']:.1f}"
+        )
     training, generation = (sum(r.get(key, 0) for r in scores) for key in ("training", "generation"))
     images = max(r["synthetic"] for r in scores)
     print(f"{images} images generated in {generation:.0f} s, {training:.0f} s of training; {out}")

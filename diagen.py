@@ -1029,6 +1029,11 @@ def run_once(args: Args, accelerator) -> dict:
             if run.main:
                 save_pictures(run.path / "samples", data, synthetic)
         result[title] = train(args, run, accelerator, data, synthetic.get(title), title)
+    if METHODS[args.method] in synthetic and args.baseline:
+        net, folder = new_classifier(args, accelerator, data.class_names)[0], Path(args.synthetic or run.path)
+        judged = (folder / "synthetic", data, accelerator, args.workers)
+        seen = common.judge_images(net, run, "standard augmentation", *judged)
+        result[METHODS[args.method]]["judged"] = seen
     if METHODS[args.method] in synthetic:
         inside.show_diagen(args, run, pipe, data, synthetic[METHODS[args.method]])
     return run.finish(result)

@@ -888,6 +888,11 @@ def run_once(args: Args, accelerator) -> dict:
         scores, *labels = train(args, run, accelerator, data, pool if kind != "none" else None, kind)
         result[CLASSIFIERS[kind]] = scores | {"synthetic": len(records)}
     result[CLASSIFIERS[kinds[-1]]] |= {"generation": run.seconds.get("generating", 0.0)} | generated
+    if pool and args.baseline:
+        net = MultiHead(common.new_classifier(args, accelerator, data.class_names)[0], 0)
+        judged = (folder, data, accelerator, args.workers)
+        seen = common.judge_images(net.to(accelerator.device), run, CLASSIFIERS["none"], *judged)
+        result[CLASSIFIERS[kinds[-1]]]["judged"] = seen
     if pool:
         save_labels(run, folder, records, *labels, data.class_names, own=not args.synthetic)
         inside.show_dreamda(args, run, data, pool)

@@ -369,11 +369,14 @@ def save_classifier(weights: dict[str, torch.Tensor], folder: Path) -> None:
 
 
 def save_sheet(path: Path) -> None:
-    """Draws a contact sheet of the digits world: 100 samples of the web pool, and the masks of 20 of them."""
-    web = world.render_pool(world.pools()["web"], 100, seed=0)
-    images = web["images"].permute(0, 3, 1, 2).float() / 255
-    masks = web["masks"][:, None].float().expand(-1, 3, -1, -1)
-    common.save_grid(torch.cat([images, masks[:20]]), path, columns=20, scale=2)
+    """Draws a contact sheet: 60 samples of the web pool, 40 of the test pool in the default style, and the
+    masks of the first 20.
+    """
+    web = world.render_pool(world.pools()["web"], 60, seed=0)
+    target = world.render_pool(world.pools()["test"], 40, seed=0, style=world.STYLE)
+    images = torch.cat([web["images"], target["images"]]).permute(0, 3, 1, 2).float() / 255
+    masks = web["masks"][:20, None].float().expand(-1, 3, -1, -1)
+    common.save_grid(torch.cat([images, masks]), path, columns=20, scale=2)
 
 
 def train(args: Args) -> None:

@@ -778,7 +778,7 @@ def test_an_epoch_is_class_balanced_and_draws_variations_by_weight():
 
 
 def test_of_a_frozen_classifier_only_the_head_learns():
-    args = diagen.resolve(diagen.Args())  # on digits: a frozen, pretrained small CNN
+    args = diagen.resolve(diagen.Args(frozen=True))  # on digits: a pretrained small CNN
     net, *_ = diagen.new_classifier(args, common.make_accelerator(), [*"abc"])
     x, y = torch.rand(8, 3, 32, 32), torch.arange(8) % 3
     whole = common.build_classifier("small_cnn", [*"abc"], 32).eval()
