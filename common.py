@@ -1443,6 +1443,7 @@ class Run:
         result = read_file(self.path / "result.json")
         if result and self.main:
             print(f"{self.path} is finished; --overwrite starts it afresh")
+            self.lock.release()
         return result
 
     def begin(self, plan: dict[str, str] | None = None) -> None:
@@ -1584,11 +1585,16 @@ class Run:
         self.write("seconds.json", self.seconds)
 
     def finish(self, result: dict) -> dict:
-        """Draws the curves of all epochs, writes the result, which marks a finished run, and returns it."""
+        """Draws the curves of all epochs, writes the result, which marks a finished run, and returns it.
+
+        The folder is free then: the same process may read the run again.
+        """
         if self.main:
             save_curves(self.logs, self.path / "curves.png")
         self.write("result.json", result)
         self.wait()
+        if self.main:
+            self.lock.release()
         return result
 
 

@@ -688,6 +688,8 @@ def test_a_finished_run_has_its_curves_and_says_that_it_is_finished(tmp_path, ca
         raise AssertionError("nothing is left to do")
     result = {"first": run.outcome("first")}
     assert run.finish(result) == result and (tmp_path / "curves.png").exists()
+    again = open_run(tmp_path)  # `run` still lives: a notebook reads a finished run twice
+    assert again.result() == open_run(tmp_path).result() == result
     del run
     assert open_run(tmp_path).result() == result
     assert f"{tmp_path} is finished; --overwrite starts it afresh" in capsys.readouterr().out
