@@ -71,8 +71,8 @@ class Args(common.RunArgs):
     llm: str = HfArg(default="meta-llama/Llama-3.1-8B-Instruct", help="instruct model for --prompts llm")
     # generation
     variations: int | None = number("[1, 10000]", "M, synthetic images of each real image")
-    strength: list[float] = number(
-        "(0, 1]", "t_0, share of the noise schedule; of several, one at random", default_factory=lambda: [0.7]
+    strength: list[float] | None = number(
+        "(0, 1]", "t_0, share of the noise schedule; of several, one at random"
     )
     synthetic: str | None = HfArg(default=None, help="folder of a run whose synthetic images are used")
     # weighting and training
@@ -92,6 +92,7 @@ SD14 = dict(
     guidance_scale=15.0,
     generation_batch_size=8,
     variations=10,
+    strength=[0.7],
     # Textual Inversion
     inversion_steps=1000,
     inversion_batch_size=4,
@@ -125,6 +126,7 @@ RECIPES = {name: SD14 for name in common.DATASETS} | {
         steps=15,
         guidance_scale=7.5,
         generation_batch_size=40,
+        strength=[0.3],  # choice: what 0.7 is for latents of 64x64, by the share of the image that it settles
         # Textual Inversion
         inversion_steps=100,
         inversion_lr=0.02,
