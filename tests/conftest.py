@@ -28,8 +28,8 @@ def pipe():
 
 @pytest.fixture(scope="session")
 def digits():
-    """The digits world, 20 training images per class."""
-    return common.load_data("digits", "", 32, "digits", per_class=20)
+    """The digits world in the style of `pipe`, 20 training images per class."""
+    return common.load_data("digits", "", 32, "digits", per_class=20, style=0.0)
 
 
 @pytest.fixture(autouse=True)

@@ -25,7 +25,8 @@ import common
 import diagen
 import dreamda
 from digits import judge, pretrain, world
-from digits.experiments import compare
+from digits.experiments import compare, tune
+from digits.experiments import map as world_map
 
 # ----------------------------------------------------------------------------------------------------------
 # The world
@@ -556,3 +557,59 @@ def test_every_method_trains_for_about_600_steps_on_as_many_images(k, images, tm
             steps = args.epochs * math.ceil(made / (args.batch_size * args.synthetic_ratio))
         assert made == pytest.approx(images, abs=real - 1)
         assert steps == pytest.approx(600, rel=0.11), name
+
+
+@pytest.fixture
+def compared(monkeypatch):
+    """The runs of compare.METHODS that an experiment makes, as (method, its settings); none trains."""
+    calls = []
+
+    def run(comparison, name, **changes):
+        seen = dict(folder=comparison.out.name, splits=world.splits)
+        calls.append((name, comparison.draw | changes | seen))
+        gain = len(calls) / 1000 if name != compare.BASE else 0.0
+        scores = {split: {"top1": 0.5 + gain} for split in ("test", "test_ood")} | {"training": 1.0}
+        return scores, None if name in compare.WITHOUT_IMAGES else "images", 2.0
+
+    monkeypatch.setattr(compare.Comparison, "run", run)
+    monkeypatch.setattr(compare, "distances", lambda *_: dict(fid=1.0, precision=0.5, recall=0.5, oracle=0.6))
+    return calls
+
+
+def test_the_map_has_a_cell_for_each_world_and_repeats_no_run(compared, tmp_path, monkeypatch):
+    trained = []
+
+    def train(args):
+        trained.append((args.start, args.confusion, args.variety))
+        (Path(args.folder) / "sd").mkdir(parents=True)
+        (Path(args.folder) / "sd" / "model_index.json").write_text("{}")
+
+    monkeypatch.setattr(pretrain, "main", train)
+    dials = dict(confusions=[0.0, 0.4], styles=[0.0, 0.65], varieties=[30])
+    args = world_map.Args(**dials, seeds=2, out=str(tmp_path))
+    world_map.main(args)
+    assert trained == [(common.DIGITS_CLEAN, 0.4, 898), (common.DIGITS_CLEAN, 0.45, 30)]
+    made = [(name, found["folder"]) for name, found in compared]
+    assert len(set(made)) == len(made) == 5 * 2 * len(world_map.METHODS) + 2 * 2  # five worlds, two styles
+    worlds = {found["folder"]: (Path(found["diffusion"]).name, found["style"]) for _, found in compared}
+    assert worlds["p0-g0.65-v898-s1"] == ("sd_clean", 0.65) and (tmp_path / "map.png").exists()
+    rows = (tmp_path / "map.md").read_text("utf-8").splitlines()[2:]
+    assert len(rows) == 5 * len(world_map.METHODS)
+    assert rows[0].startswith("| 0.0 | 0.0 | random text-to-image | +")
+    world_map.main(args)
+    assert len(compared) == len(made)
+
+
+def test_settings_are_tried_on_validation_digits_alone(compared, tmp_path, monkeypatch):
+    methods, splits = [compare.TEXT, "ActGen", "DreamDA"], {name: ([name], [0]) for name in ("val", "test")}
+    monkeypatch.setattr(tune, "REAL_SPLITS", lambda style: splits)
+    tune.main(tune.Args(methods=methods, seeds=1, out=str(tmp_path)))
+    tried = [(name, found) for name, found in compared if name in methods]
+    assert [name for name, _ in tried] == [name for name in methods for _ in tune.TRIALS[name]]
+    for name, found in tried:
+        assert found["seed"] == 100 and found["splits"] is tune.validation_splits
+        assert name != "DreamDA" or found["synthetic"].endswith("DreamDA, seed labels")
+    judged = tune.validation_splits(0.0)
+    assert judged["test"] is splits["val"]
+    assert [len(part) for part in judged["test_ood"]] == [596, 596]
+    assert len((tmp_path / "tune.md").read_text("utf-8").splitlines()) == 2 + len(tried)

@@ -185,6 +185,25 @@ def test_dreamda_reports_labels_and_distances(finished):
     assert all(r["pseudo_label"] in (None, *range(10)) for r in records)
 
 
+@each_script
+def test_a_run_says_how_a_classifier_of_real_images_reads_its_synthetic_ones(script, finished):
+    out, stdout = finished(script)
+    result = json.loads((out / "result.json").read_text())
+    judged, baseline = list(result.values())[-1]["judged"], next(iter(result))
+    weights = torch.load(out / f"{common.slug(baseline)}.pt", weights_only=True)["model"]
+    classifier = common.build_classifier("small_cnn", world.NAMES, 32)
+    classifier.load_state_dict(dict(zip(classifier.state_dict(), weights.values(), strict=True)))
+    records = lines_of(out / "synthetic" / "metadata.jsonl")
+    images = [common.open_image(out / "synthetic" / r["file_name"]) for r in records]
+    x = torch.stack([torch.from_numpy(np.array(i)).permute(2, 0, 1).float() / 255 for i in images])
+    with torch.no_grad():
+        read = classifier.eval()(x).argmax(1) == torch.tensor([r["label"] for r in records])
+    assert judged["by"] == baseline and judged["read"] == pytest.approx(read.float().mean().item(), abs=0.051)
+    if script is not diagen:  # whose scores are those of its best epoch
+        assert judged["read_test"] == pytest.approx(result[baseline]["test"]["top1"], abs=0.011)
+    assert judged["fid"] > 0 and f"{baseline} reads {100 * judged['read']:.1f} %" in stdout
+
+
 def test_diagens_best_epoch_counts_and_its_images_have_prompts_and_weights(finished):
     out, _ = finished(diagen)
     result, metrics = json.loads((out / "result.json").read_text()), metrics_of(out)
@@ -193,7 +212,7 @@ def test_diagens_best_epoch_counts_and_its_images_have_prompts_and_weights(finis
         best = max(metrics[title], key=lambda line: line["val"])  # the first of the best
         assert scores["val"]["class_mean"] == best["val"]
         weights = torch.load(out / f"{common.slug(title)}.pt", weights_only=True)["best"]["weights"]
-        classifier = diagen.Probe(common.build_classifier("small_cnn", world.NAMES, 32))
+        classifier = common.build_classifier("small_cnn", world.NAMES, 32)
         classifier.load_state_dict(weights)
         logits, y = common.predict(classifier, data.test, common.make_accelerator())
         assert scores["test"]["top1"] == pytest.approx(

@@ -17,8 +17,9 @@ three are synthetic, and its classifier is the best of 30 epochs on the validati
 
 The seconds in the table are medians. Those of generation leave out Textual Inversion, because DA-Fusion and
 DIAGen share their tokens. A run is kept in --out and never repeated, so the command goes on where it was
-stopped, and several processes can share the work, each with a --first_seed of its own. compare.json,
-compare.md and, for several numbers of images, the figure compare.png are written to --out.
+stopped, and several processes can share the work, each with a --first_seed of its own. The numbers of all
+runs are collected in --results; what stands there is not run again. compare.md and, for several numbers of
+images, the figure compare.png are written to --out.
 """
 
 import math
@@ -30,6 +31,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from filelock import FileLock
 from transformers.hf_argparser import HfArg
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -59,6 +61,7 @@ class Args:
     style: float = HfArg(default=world.STYLE, help="the target's style, 0 to 1")
     diffusion: str = HfArg(default=common.DIGITS_SD, help="folder of the generator")
     out: str = HfArg(default="runs/compare", help="folder of the runs and the tables")
+    results: str = HfArg(default="", help="file of the numbers of all runs; '': results.json in --out")
 
 
 def run(script, out: Path, **arguments) -> dict:
@@ -192,37 +195,38 @@ def distances(folder: Path, style: float) -> dict[str, float]:
 
 
 def results_of(
-    k: int, images: int, seed: int, folder: Path, names: list[str] | None = None, **dials
+    k: int, images: int, seed: int, folder: Path, store: Path, names: list[str] | None = None, **dials
 ) -> dict[str, dict]:
     """The numbers of a seed's runs, by method: accuracies in %, distances, seconds.
 
+    store: a file of the numbers of all runs, by the name of their folder and the method; those that are there
+        are read, the others are added
     names: of METHODS; without them all, or, if there are to be no synthetic images, those that need none
     """
     results, comparison = {}, Comparison(k, images, seed, folder, **dials)
     for name in names or (METHODS if images else WITHOUT_IMAGES):
-        scores, synthetic, generation = comparison.run(name)
-        result = {split: 100 * scores[split]["top1"] for split in ("test", "test_ood")}
-        result |= {"generation": generation, "training": scores["training"]}
-        if synthetic:
-            file = folder / f"{name}, distances.json"
-            if not file.exists():
-                common.write_file(file, distances(synthetic, dials["style"]))
-            result |= common.read_file(file)
-        results[name] = result
+        key = f"{folder.name}: {name}"
+        if key not in common.read_file(store, {}):
+            scores, synthetic, generation = comparison.run(name)
+            numbers = {split: 100 * scores[split]["top1"] for split in ("test", "test_ood")}
+            numbers |= {"generation": generation, "training": scores["training"]}
+            numbers |= distances(synthetic, dials["style"]) if synthetic else {}
+            with FileLock(f"{store}.lock"):
+                common.write_file(store, common.read_file(store, {}) | {key: numbers})
+        results[name] = common.read_file(store)[key]
     return results
 
 
 def main(args: Args) -> None:
     out, rows = Path(args.out), {}
+    store = Path(args.results or out / "results.json")
     for k in args.per_class:
         for images in args.images:
             for seed in range(args.first_seed, args.first_seed + args.seeds):
                 folder = out / f"{k}-per-class-{images}-images-s{seed}"
                 dials = dict(style=args.style, diffusion=args.diffusion)
-                for name, result in results_of(k, images, seed, folder, **dials).items():
+                for name, result in results_of(k, images, seed, folder, store, **dials).items():
                     rows.setdefault((k, images, name), []).append(result)
-    listed = [dict(per_class=k, images=n, method=name, runs=runs) for (k, n, name), runs in rows.items()]
-    common.write_file(out / "compare.json", listed)
     lines = [line for k in args.per_class for line in table(rows, k, max(args.images))]
     common.write_file(out / "compare.md", "\n".join(lines) + "\n")
     print("\n".join(lines))

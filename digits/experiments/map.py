@@ -9,8 +9,9 @@ on 16 real images per class. The generators of the map know all 898 digits of th
 cells, at the default world's confusion and style, has generators that know fewer (variety). Those that are
 missing are trained by pretrain.py, in twenty minutes of one core each.
 
-Writes to --out: map.json, with the share of right digits of text-to-image, its FID, and the gains; map.png, a
-heat map of the gain over standard augmentation for each method, and map.md.
+The numbers of all runs are collected in --results; what stands there is not run again. Writes to --out:
+map.png, a heat map of the gain over standard augmentation for each method, and map.md, which also has the
+share of right digits and the FID.
 """
 
 import sys
@@ -26,8 +27,7 @@ import common  # noqa: E402
 from digits import pretrain, world  # noqa: E402
 from digits.experiments import compare  # noqa: E402
 
-METHODS = [name for name in compare.METHODS if "published" not in name]
-METHODS = [name for name in METHODS if name not in ("RandAugment", "CutMix", "label smoothing")]
+METHODS = [n for n in compare.METHODS if n not in compare.WITHOUT_IMAGES and "published" not in n]
 MADE = {(0.0, 898): common.DIGITS_CLEAN, (pretrain.CONFUSION, pretrain.VARIETY): common.DIGITS_SD}
 
 
@@ -42,6 +42,7 @@ class Args:
     seeds: int = HfArg(default=3, help="number of seeds")
     first_seed: int = HfArg(default=0, help="the first of the seeds")
     out: str = HfArg(default="runs/map", help="folder of the generators, the runs and the map")
+    results: str = HfArg(default="", help="file of the numbers of all runs; '': results.json in --out")
 
 
 def generator_of(confusion: float, variety: int, out: Path) -> str:
@@ -58,18 +59,21 @@ def generator_of(confusion: float, variety: int, out: Path) -> str:
 def gains(args: Args, confusion: float, style: float, variety: int, out: Path) -> dict[str, dict]:
     """For each method, its gains on each split over standard augmentation, a number for each seed.
 
-    Of random text-to-image also the share of right digits, and the FID.
+    Of its images also the share of right digits, and the FID.
     """
     dials, found = dict(style=style, diffusion=generator_of(confusion, variety, out)), {}
+    store = Path(args.results or out / "results.json")
     for seed in range(args.first_seed, args.first_seed + args.seeds):
-        folder = out / f"p{confusion:g}-g{style:g}-v{variety}-s{seed}"
-        results = compare.results_of(16, args.images, seed, folder, METHODS, **dials)
-        for name, result in results.items():
+        # standard augmentation has nothing to do with the generator
+        run = (16, args.images, seed, out / f"g{style:g}-s{seed}", store, [compare.BASE])
+        base = compare.results_of(*run, **dials)[compare.BASE]
+        run = (16, args.images, seed, out / f"p{confusion:g}-g{style:g}-v{variety}-s{seed}", store, METHODS)
+        for name, result in compare.results_of(*run, **dials).items():
             entry = found.setdefault(name, {})
             for split in ("test", "test_ood"):
-                entry.setdefault(split, []).append(result[split] - results[compare.BASE][split])
+                entry.setdefault(split, []).append(result[split] - base[split])
             for key in ("oracle", "fid"):
-                entry.setdefault(key, []).append(result.get(key))
+                entry.setdefault(key, []).append(result[key])
     return found
 
 
@@ -77,11 +81,10 @@ def draw(cells: dict, rows: list, columns: list, path: Path, names: tuple[str, s
     """Draws a heat map of each method's mean gain for each split; cells[row, column]: see gains."""
     from matplotlib.figure import Figure
 
-    methods = [m for m in next(iter(cells.values())) if m not in (compare.PLAIN, compare.BASE)]
-    figure = Figure(figsize=(2.1 * len(methods), 5.2), layout="constrained")
+    figure = Figure(figsize=(2.1 * len(METHODS), 5.2), layout="constrained")
     for axes, (split, method) in zip(
-        figure.subplots(2, len(methods)).flat,
-        [(s, m) for s in ("test", "test_ood") for m in methods],
+        figure.subplots(2, len(METHODS)).flat,
+        [(s, m) for s in ("test", "test_ood") for m in METHODS],
         strict=True,
     ):
         values = [[np.mean(cells[r, c][method][split]) for c in columns] for r in rows]
@@ -100,14 +103,12 @@ def main(args: Args) -> None:
     out = Path(args.out)
     cells = {(p, g): gains(args, p, g, 898, out) for p in args.confusions for g in args.styles}
     row = {("variety", v): gains(args, pretrain.CONFUSION, world.STYLE, v, out) for v in args.varieties}
-    listed = [dict(row=r, column=c, methods=found) for (r, c), found in (cells | row).items()]
-    common.write_file(out / "map.json", listed)
     draw(cells, args.confusions, args.styles, out / "map.png", ("confusion p", "style g"))
     lines = ["| row | column | method | test | test_ood | right digit | FID |", "|---" * 7 + "|"]
     for (r, c), found in (cells | row).items():
         for name, entry in found.items():
             texts = [common.interval_text(entry[split], "+") for split in ("test", "test_ood")]
-            known = [f"{np.mean(entry[k]):.2f}" if entry[k][0] is not None else "" for k in ("oracle", "fid")]
+            known = [f"{np.mean(entry[key]):.2f}" for key in ("oracle", "fid")]
             lines.append(f"| {r} | {c} | {name} | {' | '.join(texts + known)} |")
     common.write_file(out / "map.md", "\n".join(lines) + "\n")
     print("\n".join(lines))
