@@ -488,7 +488,7 @@ def test_the_timesteps_of_a_batch_are_spread_over_the_schedule_and_a_tenth_of_th
 # The experiments
 
 
-@pytest.mark.parametrize("name", ["attention_masks", "noise_sweep", "pictures", "sigma_sweep"])
+@pytest.mark.parametrize("name", ["attention_masks", "noise_sweep", "pictures", "sigma_sweep", "variants"])
 def test_an_experiment_can_be_imported(name):
     assert importlib.import_module(f"digits.experiments.{name}").main
 

@@ -30,7 +30,8 @@ TRIALS = {
     "Real Guidance": STRENGTHS,
     "DA-Fusion": STRENGTHS,
     "ActGen": [dict(guidance_centre=i, nu=nu) for i, nu in ((6.25, 1.0), (10.0, 0.1), (13.0, 0.1))],
-    "DreamDA, seed labels": [dict(noise_scale=scale) for scale in (3.0, 6.0, 12.0)],
+    "DreamDA, seed labels": [dict(noise_scale=scale) for scale in (3.0, 6.0, 12.0)]
+    + [dict(strength=strength) for strength in (0.4, 0.6)],
     "DreamDA": [dict(threshold=threshold) for threshold in (0.4, 0.6, 0.8)],
     "DIAGen": STRENGTHS,
 }
