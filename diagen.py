@@ -126,7 +126,10 @@ RECIPES = {name: SD14 for name in common.DATASETS} | {
         steps=15,
         guidance_scale=7.5,
         generation_batch_size=40,
-        strength=[0.3],  # choice: what 0.7 is for latents of 64x64, by the share of the image that it settles
+        # choice: small latents settle later, so that 0.7 for latents of 64x64 is less than 0.5 here
+        strength=[0.5],
+        examples_per_class=8,
+        variations=5,
         # Textual Inversion
         inversion_steps=100,
         inversion_lr=0.02,
@@ -144,7 +147,7 @@ RECIPES = {name: SD14 for name in common.DATASETS} | {
         image_size=32,
         augment="digits",
         epochs=20,
-        iterations=50,
+        iterations=30,
         lr=1e-3,
         workers=0,
     ),

@@ -112,7 +112,7 @@ RECIPES = {name: SD15 for name in common.DATASETS} | {
         # the embedded generator
         diffusion=common.DIGITS_SD,
         steps=15,
-        guidance_scale=7.5,
+        guidance_scale=4.0,
         generation_batch_size=40,
         # variations
         variations=10,

@@ -1,4 +1,4 @@
-"""Tries the settings of every method on validation data: three of each, the same for all.
+"""Tries the settings of every method on validation data: three or more of each.
 
     python digits/experiments/tune.py                   an hour of one core; a run is kept, never repeated
     python digits/experiments/tune.py --methods ActGen --first_seed 100 --seeds 1
@@ -9,6 +9,7 @@ the uncommon one, as `test_ood` has them. The digits of `test` and `test_ood` ar
 good as the mean of both accuracies. Prints a table and writes it to --out, as tune.md.
 """
 
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ from digits.experiments import compare  # noqa: E402
 
 STRENGTHS = [dict(strength=[strength]) for strength in (0.3, 0.5, 0.7)]
 TRIALS = {
+    compare.BASE: [{}],
     compare.TEXT: [dict(guidance_scale=scale) for scale in (2.0, 4.0, 7.5)],
     "Real Guidance": STRENGTHS,
     "DA-Fusion": STRENGTHS,
@@ -42,7 +44,7 @@ class Args:
     """The methods to tune, and the world to tune them in."""
 
     methods: list[str] = HfArg(default_factory=lambda: [*TRIALS], help="names of methods")
-    images: int = HfArg(default=160, help="synthetic images, all classes together")
+    images: int = HfArg(default=640, help="synthetic images, all classes together")
     seeds: int = HfArg(default=2, help="number of seeds")
     first_seed: int = HfArg(default=100, help="the first of the seeds")
     style: float = HfArg(default=world.STYLE, help="the target's style, 0 to 1")
@@ -71,10 +73,10 @@ def main(args: Args) -> None:
                 rows.append((name, changes, found))
     lines = ["| method | setting | val | val, uncommon | mean | right digit |", "|---" * 6 + "|"]
     for name, changes, found in rows:
-        setting = ", ".join(f"{key} {value}" for key, value in changes.items())
+        setting = ", ".join(f"{key} {np.squeeze(value)}" for key, value in changes.items())
         columns = np.array(found).T
         columns = [*columns[:2], columns[:2].mean(0), columns[2]]
-        cells = [" ".join(f"{value:.1f}" for value in column) for column in columns]
+        cells = [" ".join("" if math.isnan(v) else f"{v:.1f}" for v in column) for column in columns]
         lines.append(f"| {name} | {setting} | {' | '.join(cells)} |")
     common.write_file(out / "tune.md", "\n".join(lines) + "\n")
     print("\n".join(lines))
@@ -99,7 +101,7 @@ def trial(name: str, changes: dict, seed: int, out: Path, images: int, dials: di
             first.run("DreamDA, seed labels")
             changes = changes | dict(synthetic=str(first.out / "DreamDA, seed labels"))
         scores, synthetic, _ = compare.Comparison(16, images, seed, folder, **dials).run(name, **changes)
-        right = compare.distances(synthetic, dials["style"])["oracle"]
+        right = compare.distances(synthetic, dials["style"])["oracle"] if synthetic else math.nan
         common.write_file(
             kept, [100 * scores[split]["top1"] for split in ("test", "test_ood")] + [100 * right]
         )

@@ -27,7 +27,7 @@ from digits import judge, world  # noqa: E402
 class Args:
     """The ladder to judge."""
 
-    runs: str = HfArg(default="runs/actgen-digits-ladder", help="folder of ActGen's ladder")
+    runs: str = HfArg(default="runs/actgen-digits-ladder-s0", help="folder of ActGen's ladder")
 
 
 @torch.no_grad()
