@@ -535,7 +535,7 @@ def test_the_last_lines_are_a_table_of_both_accuracies_and_the_gain_as_readme_sh
     common.report(result, "runs/x")
     table = capsys.readouterr().out
     assert table == f"{readme}\n320 images generated in 8 s, 21 s of training; runs/x\n"
-    (real, method), gain = (100 * v for v in rows["test", "top1"]), table.split("\n")[1].split()[-1]
+    (real, method), gain = (100 * v for v in rows["test", "top-1"]), table.split("\n")[1].split()[-1]
     assert float(gain) == pytest.approx(method - real, abs=0.06)
     common.report({"real only": result["real only"]}, "runs/x")
     assert "gain" not in capsys.readouterr().out

@@ -609,7 +609,16 @@ def test_settings_are_tried_on_validation_digits_alone(compared, tmp_path, monke
     for name, found in tried:
         assert found["seed"] == 100 and found["splits"] is tune.validation_splits
         assert name != "DreamDA" or found["synthetic"].endswith("DreamDA, seed labels")
-    judged = tune.validation_splits(0.0)
-    assert judged["test"] is splits["val"]
-    assert [len(part) for part in judged["test_ood"]] == [596, 596]
+    drawn = []
+
+    def render(digits, count, seed, settings, style):
+        drawn.append((digits, settings, style))
+        return {"images": torch.zeros(count, 32, 32, 3, dtype=torch.uint8), "labels": torch.zeros(count)}
+
+    monkeypatch.setattr(world, "render_pool", render)
+    judged = tune.validation_splits(0.65)
+    assert judged["test"] is splits["val"] and [len(part) for part in judged["test_ood"]] == [596, 596]
+    ((digits, settings, style),) = drawn
+    assert (settings, style) == ("uncommon", 0.65)
+    assert not {*digits.tolist()} & {*world.pools()["train"][:300].tolist(), *world.pools()["test"].tolist()}
     assert len((tmp_path / "tune.md").read_text("utf-8").splitlines()) == 2 + len(tried)

@@ -74,7 +74,7 @@ def test_self_training_and_weights_work_on_images_of_all_three_methods(folder):
     for _ in range(60):
         with torch.no_grad():
             weak = net.eval()(u)
-        targets, labelled = dreamda.synthetic_targets("amst", weak, seed, threshold=0.6)
+        targets, labelled = dreamda.synthetic_targets("amst", weak, seed, threshold=0.9)
         views = torch.stack([x] * 5)  # the standard one and four others; put your augmentations here
         logits = net.train()(torch.cat([*views, u]))
         loss = dreamda.self_training_loss(
