@@ -126,7 +126,7 @@ RECIPES = {name: SD14 for name in common.DATASETS} | {
         steps=15,
         guidance_scale=7.5,
         generation_batch_size=40,
-        # choice: small latents settle later, so that 0.7 for latents of 64x64 is less than 0.5 here
+        # choice: small latents settle later than those of 64x64, which have 0.7 (digits/experiments/tune.py)
         strength=[0.5],
         examples_per_class=8,
         variations=5,

@@ -11,7 +11,7 @@ The stages, in order:
     train_oracle         the classifier that judges synthetic images, trained on every style
     train_autoencoder    the VAE; its latents are then computed once, by encode_pool
     train_unet           the U-Net and, jointly, the text encoder: the generator that knows its digits
-    spoil                trains it further, on few digits and on captions that confuse look-alikes
+    spoil                trains it further on captions that confuse look-alikes; --variety: on few digits
 
 Every stage keeps its result in --out, and the longest one a checkpoint every --save_every steps, so the same
 command goes on where it was stopped. Only when all stages are done, the weights in --folder are replaced:

@@ -29,7 +29,7 @@ def test_readmes_example_runs_and_each_method_draws_the_digits():
     exec(compile(code, "README.md", "exec"), names)
     for images in (names["guided"], names["varied"], names["edited"]):
         assert images.shape == (10, 3, 32, 32) and 0 <= images.min() and images.max() <= 1
-        assert share_read(images, names["y"].tolist()) >= 0.6  # the generator itself draws six in ten rightly
+        assert share_read(images, names["y"].tolist()) >= 0.7
 
 
 @pytest.fixture
