@@ -594,14 +594,12 @@ class Synthetic:
 
     def add(self, run: common.Run, records: list[dict]) -> None:
         """Adds the images of an epoch's records, and their latents."""
-        files = [run.path / "synthetic" / record["file_name"] for record in records]
-        labels = [record["label"] for record in records]
-        self.images += common.Images(files, labels, self.images.transform).keep()
-        for file, record in zip(files, records, strict=True):
+        images = common.images_of(records, run.path / "synthetic", self.images.transform).keep()
+        for file, record in zip(images.sources, records, strict=True):
             if record["guided"]:  # choice: as released, plain text-to-image does not enter the bank
                 latents = common.read_file(run.path / "latents" / f"{file.stem}.pt")
                 self.bank.setdefault(record["label"], []).append(latents)
-        self.records += records
+        self.images, self.records = self.images + images, self.records + records
 
 
 def load_all(args: Args, accelerator, images: common.Images) -> common.Loader:

@@ -1346,9 +1346,8 @@ def judge_images(net, run, title: str, folder: Path, data: Data, accelerator, wo
     of each are looked at.
     """
     net.load_state_dict(read_file(run.path / f"{slug(title)}.pt")["model"])
-    records = read_records(folder, data.class_names)
-    files, labels = [folder / r["file_name"] for r in records], [r["label"] for r in records]
-    synthetic, head, inputs, read = Images(files, labels, data.test.transform), last_linear(net)[1], [], []
+    synthetic = images_of(read_records(folder, data.class_names), folder, data.test.transform)
+    head, inputs, read = last_linear(net)[1], [], []
     hook = head.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0].float()))
 
     def reduce(logits):
@@ -1683,6 +1682,11 @@ def read_records(folder: Path, class_names: list[str]) -> list[dict]:
     require(not strange, f"--synthetic: {other}")
     require(records, f"--synthetic: the images in {folder} are missing")
     return records
+
+
+def images_of(records: list[dict], folder: Path, transform) -> Images:
+    """The synthetic images of the records, which lie in `folder`, with their labels."""
+    return Images([folder / r["file_name"] for r in records], [r["label"] for r in records], transform)
 
 
 def to_pil(image: torch.Tensor) -> Image.Image:

@@ -855,8 +855,7 @@ def judge_variations(args: Args, run: common.Run, data: common.Data, images: com
 
 def weigh(args: Args, run: common.Run, data: common.Data, records: list[dict], folder: Path) -> Synthetic:
     """Weighs the images of the records, which are in `folder`, and writes the weights into the metadata."""
-    files, labels = [folder / record["file_name"] for record in records], [r["label"] for r in records]
-    images = common.Images(files, labels, data.train.transform).keep()
+    images = common.images_of(records, folder, data.train.transform).keep()
     plain, N, M = images.transformed(data.test.transform), len(data.train), args.variations
     report = {"synthetic": N * M, "generation": run.seconds.get(f"{folder.name} images", 0.0)}
     if args.dataset == "digits":

@@ -534,7 +534,7 @@ def consistency_loss(logits: torch.Tensor, weak: torch.Tensor) -> torch.Tensor:
 
 
 def self_training_loss(
-    real, y, synthetic, targets, labelled, weak, auxiliary, w_a=0.05, w_o=0.1, w_c=1.0
+    real, y, head, synthetic, targets, labelled, weak, auxiliary, w_a=0.05, w_o=0.1, w_c=1.0
 ) -> torch.Tensor:
     """The loss of a batch of B real images x and U synthetic images u.
 
@@ -542,19 +542,20 @@ def self_training_loss(
         (11)  L     = CE(W_0 f(x), y) + w_a L_aux + w_o L_orth
                       + mean over u of CE(W_0 f(strong(u)), y^(u)) if u is labelled, else w_c L_cons
 
-    real: logits [1 + A, B, 1 + A, K] of every view (the standard one, a_1..a_A) by every head; y: [B]
+    real: logits [2, B, 1 + A, K] by every head, of the standard view of each image and of a_k(x); y: [B]
+    head: [B], the k of each image, 1 to A
     synthetic: logits [U, 1 + A, K] of the strong views
     targets: classes [U] or probabilities [U, K]; labelled: [U] bools
     weak: the main head's probabilities [U, K] of the weak views
     auxiliary: the weights W_1..W_A [A, K, d]. A and U may be 0.
     """
-    # choice: a small w_a. Adam makes the auxiliary heads learn as fast as with a large one, and the backbone
-    # does not learn the few real images by heart.
+    # choice: each image of a batch is shown to one auxiliary head, in the next step to another. It costs
+    # a quarter of (7), which it estimates. And a small w_a: Adam makes the auxiliary heads learn as fast as
+    # with a large one, and the backbone does not learn the few real images by heart.
     loss = F.cross_entropy(real[0, :, 0], y)
-    for k in range(1, len(real)):
-        loss = loss + w_a * F.cross_entropy(real[k, :, k], y)  # (7)
-    if len(auxiliary):
-        loss = loss + w_o * orthogonality_loss(auxiliary)
+    if A := len(auxiliary):
+        own = real[1, torch.arange(len(y), device=y.device), head]  # W_k f(a_k(x))
+        loss = loss + w_a * A * F.cross_entropy(own, y) + w_o * orthogonality_loss(auxiliary)  # (7)
     if len(synthetic):
         main = synthetic[:, 0]
         supervised = F.cross_entropy(main, targets, reduction="none")
@@ -672,8 +673,7 @@ def make_pool(args: Args, accelerator, data: common.Data, folder: Path, records)
 
     On digits also the distances of the synthetic images to the real test images.
     """
-    files, labels = [folder / record["file_name"] for record in records], [r["label"] for r in records]
-    images = common.Images(files, labels, data.test.transform).keep()
+    images = common.images_of(records, folder, data.test.transform).keep()
     pool, distances = Pool(images, torch.tensor(images.labels)), {}
     if args.dataset == "digits":
         from digits import judge
@@ -737,12 +737,12 @@ def pool_batch(args: Args) -> int:
 
 
 def load_batches(loaders: list[common.Loader], *key: int):
-    """Yields the batches of an epoch, by the random seed `key`: views x of real images and their labels y,
+    """Yields the batches of an epoch, by the random seed `key`: views x of real images and their indices,
     views u of the pool's images and their indices. Without a pool u is empty.
     """
     shuffled = [loader.shuffle(*key, i) for i, loader in enumerate(loaders)]
-    for (x, y), *of_pool in zip(*shuffled, strict=True):
-        yield x, y, *(of_pool[0] if of_pool else (x[:0, 0], y[:0]))
+    for (x, i), *of_pool in zip(*shuffled, strict=True):
+        yield x, i, *(of_pool[0] if of_pool else (x[:0, 0], i[:0]))
 
 
 CLASSIFIERS = {  # the names in reports of classifiers that are trained on real images and these labels
@@ -764,7 +764,8 @@ def train(args: Args, run: common.Run, accelerator, data: common.Data, pool: Poo
     net, model, optimizer = common.new_classifier(args, accelerator, names, lambda net: MultiHead(net, heads))
     weights = args.auxiliary_weight, args.orthogonality_weight, args.consistency_weight if heads else 0.0
     views, strong_view = make_views(args.image_size, args.augment, heads)
-    real = data.train.transformed(views)
+    real, classes = data.train.transformed(views), torch.tensor(data.train.labels, device=accelerator.device)
+    real.labels = list(range(len(real)))
     # choice: an epoch is one pass over the pool; without a pool it has as many steps
     count = len(pool.images) if pool else len(real) * args.variations + args.unlabelled
     steps = max(1, count // pool_batch(args))
@@ -785,15 +786,17 @@ def train(args: Args, run: common.Run, accelerator, data: common.Data, pool: Poo
         # one pass over the pool, real images beside it
         model.train()
         total = 0.0
-        for step, (x, y, u, index) in enumerate(load_batches(loaders, args.seed, epoch)):
+        for step, (x, i, u, j) in enumerate(load_batches(loaders, args.seed, epoch)):
             for group in optimizer.param_groups:
                 group["lr"] = args.lr * common.cosine((epoch + step / steps) / args.epochs, args.warmup)
+            head = 1 + (i + step) % max(1, heads)  # every image has its turn with every head
+            x = [x[:, 0], x[torch.arange(len(i), device=i.device), head]] if heads else [x[:, 0]]
             with accelerator.autocast():
-                logits = model(torch.cat([x.transpose(0, 1).flatten(0, 1), u])).float()
+                logits = model(torch.cat([*x, u])).float()
                 on_real, on_pool = logits.split([len(logits) - len(u), len(u)])
-                on_real = on_real.unflatten(0, (1 + heads, -1))  # [view, B, head, K]
-                goal = targets[index], labelled[index], weak[index]
-                loss = self_training_loss(on_real, y, on_pool, *goal, net.auxiliary_weights(), *weights)
+                known = on_real.unflatten(0, (len(x), -1)), classes[i], head
+                guessed = on_pool, targets[j], labelled[j], weak[j]
+                loss = self_training_loss(*known, *guessed, net.auxiliary_weights(), *weights)
             optimizer.zero_grad(set_to_none=True)
             accelerator.backward(loss)
             optimizer.step()

@@ -417,7 +417,8 @@ def test_targets_by_every_kind_of_label():
 
 def test_the_training_loss_equals_its_formula():
     """2 auxiliary heads, 4 real and 4 synthetic images of 5 classes, every term from its definition."""
-    real, synthetic = torch.randn(3, 4, 3, 5).double(), torch.randn(4, 3, 5).double()
+    real, synthetic = torch.randn(2, 4, 3, 5).double(), torch.randn(4, 3, 5).double()
+    head, seen = torch.tensor([1, 2, 2, 1]), {1: (0, 3), 2: (1, 2)}  # which images each head sees
     y, targets = torch.tensor([0, 4, 2, 2]), torch.tensor([1, 0, 3, 3])
     labelled, weak = torch.tensor([True, False, True, False]), torch.randn(4, 5).double().softmax(1)
     auxiliary = torch.randn(2, 5, 7).double()
@@ -428,18 +429,19 @@ def test_the_training_loss_equals_its_formula():
 
     terms = {
         "main": np.mean([cross_entropy(real[0, b, 0], y[b]) for b in range(4)]),
-        "w_a": np.mean([sum(cross_entropy(real[k, b, k], y[b]) for k in (1, 2)) for b in range(4)]),
+        "w_a": sum(np.mean([cross_entropy(real[1, b, k], y[b]) for b in seen[k]]) for k in (1, 2)),
         "w_o": dreamda.orthogonality_loss(auxiliary).item(),
         "labelled": sum(cross_entropy(synthetic[u, 0], targets[u]) for u in (0, 2)) / 4,
         "w_c": sum((synthetic[u, 0].softmax(0) - weak[u]).square().sum().item() for u in (1, 3)) / 4,
     }
     for w_a, w_o, w_c in itertools.product((0.0, 0.7), repeat=3):
         weights = dict(w_a=w_a, w_o=w_o, w_c=w_c)
-        loss = dreamda.self_training_loss(real, y, synthetic, targets, labelled, weak, auxiliary, **weights)
+        known, guessed = (real, y, head), (synthetic, targets, labelled, weak)
+        loss = dreamda.self_training_loss(*known, *guessed, auxiliary, **weights)
         expected = sum(weights.get(name, 1.0) * value for name, value in terms.items())
         assert loss.item() == pytest.approx(expected)
     plain = dreamda.self_training_loss(
-        real[:1, :, :1], y, synthetic[:0], targets[:0], labelled[:0], weak[:0], auxiliary[:0]
+        real[:1, :, :1], y, head, synthetic[:0], targets[:0], labelled[:0], weak[:0], auxiliary[:0]
     )
     assert plain.item() == pytest.approx(terms["main"])
 

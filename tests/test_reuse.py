@@ -71,16 +71,17 @@ def test_self_training_and_weights_work_on_images_of_all_three_methods(folder):
     # asymmetric multi-head self-training on them
     net = dreamda.MultiHead(classifier, heads=4)
     optimizer = torch.optim.AdamW(net.parameters(), 1e-3)
-    for _ in range(60):
+    for step in range(60):
         with torch.no_grad():
             weak = net.eval()(u)
-        targets, labelled = dreamda.synthetic_targets("amst", weak, seed, threshold=0.6)
-        views = torch.stack([x] * 5)  # the standard one and four others; put your augmentations here
-        logits = net.train()(torch.cat([*views, u]))
+        targets, labelled = dreamda.synthetic_targets("amst", weak, seed, threshold=0.5)
+        head = 1 + (torch.arange(len(x)) + step) % 4  # of each image; put your augmentations of x here
+        logits = net.train()(torch.cat([x, x, u]))
         loss = dreamda.self_training_loss(
-            logits[: 5 * len(x)].unflatten(0, (5, -1)),
+            logits[: 2 * len(x)].unflatten(0, (2, -1)),
             y,
-            logits[5 * len(x) :],
+            head,
+            logits[2 * len(x) :],
             targets,
             labelled,
             weak[:, 0].softmax(1),

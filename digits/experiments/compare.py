@@ -188,9 +188,7 @@ WITHOUT_IMAGES = [name for name, (method, _) in METHODS.items() if method.__name
 def distances(folder: Path, style: float) -> dict[str, float]:
     """The distances of a folder's images to the real test images; see judge.distances_to_test."""
     accelerator, data = common.make_accelerator(), common.load_data("digits", "", 32, "none", style=style)
-    records = common.read_records(folder, data.class_names)
-    files, labels = [folder / r["file_name"] for r in records], [r["label"] for r in records]
-    images = common.Images(files, labels, data.test.transform)
+    images = common.images_of(common.read_records(folder, data.class_names), folder, data.test.transform)
     return judge.distances_to_test(images, data, accelerator)[0]
 
 

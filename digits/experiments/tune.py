@@ -25,17 +25,25 @@ import common  # noqa: E402
 from digits import world  # noqa: E402
 from digits.experiments import compare  # noqa: E402
 
-STRENGTHS = [dict(strength=[strength]) for strength in (0.3, 0.5, 0.7)]
+EDITS = [
+    dict(strength=[strength], guidance_scale=scale)
+    for strength, scale in ((0.3, 4.0), (0.5, 2.0), (0.5, 4.0), (0.5, 7.5), (0.7, 4.0))
+]
 TRIALS = {
     compare.BASE: [{}],
     compare.TEXT: [dict(guidance_scale=scale) for scale in (2.0, 4.0, 7.5)],
-    "Real Guidance": STRENGTHS,
-    "DA-Fusion": STRENGTHS,
-    "ActGen": [dict(guidance_centre=i, nu=nu) for i, nu in ((6.25, 1.0), (10.0, 0.1), (13.0, 0.1))],
-    "DreamDA, seed labels": [dict(noise_scale=scale) for scale in (3.0, 6.0, 12.0)]
-    + [dict(strength=strength) for strength in (0.4, 0.6)],
-    "DreamDA": [dict(threshold=threshold) for threshold in (0.4, 0.6, 0.8)],
-    "DIAGen": STRENGTHS,
+    "DreamDA, seed labels": [
+        dict(noise_scale=noise, guidance_scale=scale)
+        for noise, scale in ((3.0, 2.0), (3.0, 4.0), (3.0, 7.5), (6.0, 4.0), (12.0, 4.0))
+    ],
+    "DreamDA": [dict(threshold=threshold) for threshold in (0.6, 0.8, 0.9)],
+    "DIAGen": EDITS,
+    "DA-Fusion": EDITS,
+    "Real Guidance": EDITS,
+    "ActGen": [
+        dict(guidance_centre=centre, guidance_scale=scale)
+        for centre, scale in ((10.0, 2.0), (10.0, 4.0), (10.0, 7.5), (13.0, 4.0), (6.25, 4.0))
+    ],
 }
 
 

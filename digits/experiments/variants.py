@@ -34,11 +34,9 @@ class Args:
 def shares(folder: Path) -> dict[bool, list[float]]:
     """For plain and guided images of a run: the shares of right digits, look-alikes, uncommon settings."""
     records = common.read_records(folder / "synthetic", world.NAMES)
-    transform = common.make_transforms(32, "none")[1]
-    files = [folder / "synthetic" / record["file_name"] for record in records]
-    images = torch.stack([transform(common.open_image(file)) for file in files])
+    shown = common.images_of(records, folder / "synthetic", common.make_transforms(32, "none")[1])
+    images, labels = torch.stack([image for image, _ in shown]), torch.tensor(shown.labels)
     digits, _, settings = (logits.argmax(1) for logits in judge.load_oracle()(images).split(judge.HEADS, 1))
-    labels = torch.tensor([record["label"] for record in records])
     alike = torch.tensor([world.LOOK_ALIKE[y] for y in labels.tolist()])
     uncommon = torch.tensor([world.SETTINGS.index(world.uncommon_setting(y)) for y in labels.tolist()])
     found = torch.stack([digits == labels, digits == alike, settings == uncommon], 1).float()
