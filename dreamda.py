@@ -766,10 +766,11 @@ def train(args: Args, run: common.Run, accelerator, data: common.Data, pool: Poo
     views, strong_view = make_views(args.image_size, args.augment, heads)
     real, classes = data.train.transformed(views), torch.tensor(data.train.labels, device=accelerator.device)
     real.labels = list(range(len(real)))
-    # choice: an epoch is one pass over the pool; without a pool it has as many steps
+    # choice: an epoch is one pass over the pool; without a pool it has as many steps, of as many images
     count = len(pool.images) if pool else len(real) * args.variations + args.unlabelled
     steps = max(1, count // pool_batch(args))
-    loaders = [common.Loader(real, args.batch_size, accelerator, args.workers, steps * args.batch_size)]
+    size = args.batch_size if pool else args.batch_size + pool_batch(args)
+    loaders = [common.Loader(real, size, accelerator, args.workers, steps * size)]
     if pool:
         strong = pool.images.transformed(strong_view)
         strong.labels = list(range(count))

@@ -5,15 +5,15 @@
     python digits/experiments/compare.py --per_class 4 --images 0 40 160 640 --seeds 3   draws the figure, too
 
 Every classifier is the small CNN with the weights that digits/pretrain.py learned without labels. All of it
-learns, for about 600 steps of AdamW at a learning rate of 1e-3. A method makes --images synthetic images for
-each draw of real ones.
+learns, for about 600 steps of 24 images, by AdamW at a learning rate of 1e-3. A method makes --images
+synthetic images for each draw of real ones.
 
-CutMix (Yun et al. 2019), label smoothing and RandAugment need no generator: what any user would try first.
-Real Guidance and DA-Fusion run as published and at DIAGen's settings. They, random text-to-image, and DreamDA
-without AMST differ in their images alone. A step takes 16 real images, as the training without synthetic
-images does, and 32 synthetic ones. ActGen, DreamDA and DIAGen train as their papers say. ActGen has 40
-epochs, and the batch size that makes them about 600 steps. DIAGen draws 48 images a step, of which two in
-three are synthetic, and its classifier is the best of 30 epochs on the validation split.
+CutMix (Yun et al. 2019), label smoothing, RandAugment and a shorter training need no generator: what any user
+would try first. Real Guidance and DA-Fusion run as published and at DIAGen's settings. They, random
+text-to-image, and DreamDA without AMST differ in their images alone. A step takes 8 real images and 16
+synthetic ones, in training without synthetic images 24 real ones. ActGen, DreamDA and DIAGen train as their
+papers say. ActGen has as many epochs as make about 600 steps of all its images. Of DIAGen's 24 images a step
+two in three are synthetic, and its classifier is the best of 30 epochs on the validation split.
 
 The seconds in the table are medians. Those of generation leave out Textual Inversion, because DA-Fusion and
 DIAGen share their tokens. A run is kept in --out and never repeated, so the command goes on where it was
@@ -42,7 +42,7 @@ import diagen  # noqa: E402
 import dreamda  # noqa: E402
 from digits import judge, world  # noqa: E402
 
-STEPS, REAL, SYNTHETIC = 600, 16, 32  # training steps; real and synthetic images of a batch
+STEPS, REAL, SYNTHETIC = 600, 8, 16  # training steps; real and synthetic images of a batch
 PLAIN, TEXT = "real images alone", "random text-to-image"
 BASE = "standard augmentation"  # gains are differences to its accuracy, seed by seed
 SHARED = dict(
@@ -78,7 +78,8 @@ def train_by_formula(name: str, out: Path, **arguments) -> dict:
         args = dreamda.resolve(dreamda.Args(**SHARED | arguments, out=str(out)))
         accelerator, data = common.make_accelerator(), common.data_of(args)
         net, model, optimizer = common.new_classifier(args, accelerator, data.class_names)
-        loader = common.Loader(data.train, REAL, accelerator, samples=STEPS * REAL).shuffle(args.seed, 0)
+        size = REAL + SYNTHETIC
+        loader = common.Loader(data.train, size, accelerator, samples=STEPS * size).shuffle(args.seed, 0)
         cutmix, clock = CutMix(num_classes=len(data.class_names)), time.time()
         for step, (x, y) in enumerate(loader):
             if name == "CutMix":
@@ -122,6 +123,8 @@ class Comparison:
 
     def real(self, name: str, **changes):
         """Training on the real images alone."""
+        if "share" in changes:  # of the steps
+            changes["epochs"] = round(changes.pop("share") * self.plain["epochs"])
         return run(dreamda, self.out / name, **self.plain | changes, real_only=True), None, 0.0
 
     def by_formula(self, name: str, **changes):
@@ -139,13 +142,11 @@ class Comparison:
         return scores, source / "synthetic", made["generation"]
 
     def actgen(self, name: str, **changes):
-        """ActGen: 40 epochs, of which the first half sees four fifths of the real images and ever more
-        variants.
-        """
-        epochs, half = 40, 20
-        seen = 10 * self.k * (epochs - 0.2 * half) + self.images * (1.5 * half - 0.5)
-        steps = dict(images_per_epoch=self.images // half, batch_size=round(seen / STEPS), eval_every=1000)
-        scores = run(actgen, self.out / name, **self.draw | changes, epochs=epochs, **steps)
+        """ActGen: in the first half it sees four fifths of the real images and ever more variants."""
+        size = REAL + SYNTHETIC  # E epochs see 10 k (0.9 E) + images (0.75 E - 0.5) images
+        half = round((STEPS * size + 0.5 * self.images) / (9 * self.k + 0.75 * self.images) / 2)
+        steps = dict(epochs=2 * half, images_per_epoch=self.images // half, batch_size=size, eval_every=1000)
+        scores = run(actgen, self.out / name, **self.draw | changes, **steps)
         return scores, self.out / name / "synthetic", scores["generation"]
 
     def dreamda(self, name: str, **changes):
@@ -169,6 +170,7 @@ class Comparison:
 METHODS = {  # a method runs after those above it
     PLAIN: (Comparison.real, dict(augment="none")),
     BASE: (Comparison.real, {}),
+    f"{BASE}, a third of the steps": (Comparison.real, dict(share=1 / 3)),
     "RandAugment": (Comparison.real, dict(augment="digits+randaugment")),
     "CutMix": (Comparison.by_formula, {}),
     "label smoothing": (Comparison.by_formula, {}),

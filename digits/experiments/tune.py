@@ -1,4 +1,4 @@
-"""Tries the settings of every method on validation data: three or more of each.
+"""Tries four settings of every method on validation data.
 
     python digits/experiments/tune.py                   an hour of one core; a run is kept, never repeated
     python digits/experiments/tune.py --methods ActGen --first_seed 100 --seeds 1
@@ -27,22 +27,26 @@ from digits.experiments import compare  # noqa: E402
 
 EDITS = [
     dict(strength=[strength], guidance_scale=scale)
-    for strength, scale in ((0.3, 4.0), (0.5, 2.0), (0.5, 4.0), (0.5, 7.5), (0.7, 4.0))
+    for strength, scale in ((0.3, 4.0), (0.5, 4.0), (0.5, 7.5), (0.7, 4.0))
+]
+VARIATIONS = [
+    dict(noise_scale=noise, guidance_scale=scale)
+    for noise, scale in ((3.0, 4.0), (6.0, 4.0), (12.0, 4.0), (24.0, 4.0))
 ]
 TRIALS = {
-    compare.BASE: [{}],
-    compare.TEXT: [dict(guidance_scale=scale) for scale in (2.0, 4.0, 7.5)],
-    "DreamDA, seed labels": [
-        dict(noise_scale=noise, guidance_scale=scale)
-        for noise, scale in ((3.0, 2.0), (3.0, 4.0), (3.0, 7.5), (6.0, 4.0), (12.0, 4.0))
+    compare.BASE: [{}, dict(share=2 / 3), dict(share=1 / 3), dict(augment="digits+randaugment")],
+    compare.TEXT: [dict(guidance_scale=scale) for scale in (1.0, 2.0, 4.0, 7.5)],
+    "DreamDA, seed labels": VARIATIONS,
+    "DreamDA": [
+        VARIATIONS[2] | dict(threshold=threshold, auxiliary_weight=weight)
+        for threshold, weight in ((0.8, 0.05), (0.8, 0.5), (0.5, 0.5), (0.3, 0.5))
     ],
-    "DreamDA": [dict(threshold=threshold) for threshold in (0.6, 0.8, 0.9)],
     "DIAGen": EDITS,
     "DA-Fusion": EDITS,
     "Real Guidance": EDITS,
     "ActGen": [
         dict(guidance_centre=centre, guidance_scale=scale)
-        for centre, scale in ((10.0, 2.0), (10.0, 4.0), (10.0, 7.5), (13.0, 4.0), (6.25, 4.0))
+        for centre, scale in ((6.25, 7.5), (10.0, 4.0), (10.0, 7.5), (13.0, 7.5))
     ],
 }
 
@@ -97,17 +101,24 @@ def seeds_of(args: Args) -> range:
 def trial(name: str, changes: dict, seed: int, out: Path, images: int, dials: dict) -> list[float]:
     """The accuracies on `val` in common and uncommon settings, and the share of right digits, in %.
 
-    The tokens of DA-Fusion and DIAGen, and the images of AMST, are those of the recipe in all their trials.
+    DA-Fusion and DIAGen have the same tokens in all their trials. AMST labels the images that DreamDA drew in
+    the trial of the same noise and guidance.
     """
-    folder = out / f"s{seed}" / name.replace(" ", "-") / "-".join(f"{v}" for v in changes.values())
+
+    def folder_of(name: str, changes: dict) -> Path:
+        return out / f"s{seed}" / name.replace(" ", "-") / "-".join(f"{v}" for v in changes.values())
+
+    folder = folder_of(name, changes)
     kept, first = folder / "trial.json", compare.Comparison(16, images, seed, out / f"s{seed}", **dials)
     if not kept.exists():
         if name in ("DA-Fusion", "DIAGen"):
             first.run("DA-Fusion")
             changes = changes | dict(embeddings=first.tokens())
         if name == "DreamDA":
-            first.run("DreamDA, seed labels")
-            changes = changes | dict(synthetic=str(first.out / "DreamDA, seed labels"))
+            drawn = {key: changes[key] for key in ("noise_scale", "guidance_scale")}
+            trial("DreamDA, seed labels", drawn, seed, out, images, dials)
+            images_of = folder_of("DreamDA, seed labels", drawn) / "DreamDA, seed labels"
+            changes = changes | dict(synthetic=str(images_of))
         scores, synthetic, _ = compare.Comparison(16, images, seed, folder, **dials).run(name, **changes)
         right = compare.distances(synthetic, dials["style"])["oracle"] if synthetic else math.nan
         common.write_file(
