@@ -143,9 +143,10 @@ class Comparison:
 
     def actgen(self, name: str, **changes):
         """ActGen: in the first half it sees four fifths of the real images and ever more variants."""
-        size = REAL + SYNTHETIC  # E epochs see 10 k (0.9 E) + images (0.75 E - 0.5) images
-        half = round((STEPS * size + 0.5 * self.images) / (9 * self.k + 0.75 * self.images) / 2)
-        steps = dict(epochs=2 * half, images_per_epoch=self.images // half, batch_size=size, eval_every=1000)
+        k, n, all_seen = self.k, self.images, STEPS * (REAL + SYNTHETIC)
+        half = min(n, round((all_seen + 0.5 * n) / (18 * k + 1.5 * n)))  # of the epochs; it draws in each
+        size = round((18 * k * half + n * (1.5 * half - 0.5)) / STEPS)
+        steps = dict(epochs=2 * half, images_per_epoch=n // half, batch_size=size, eval_every=1000)
         scores = run(actgen, self.out / name, **self.draw | changes, **steps)
         return scores, self.out / name / "synthetic", scores["generation"]
 
