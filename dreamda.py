@@ -61,7 +61,8 @@ class Args(common.RunArgs):
     synthetic: str | None = HfArg(default=None, help="use the images of this run folder, generate none")
     # self-training; choice: the defaults, but for the number of heads
     labels: str = HfArg(
-        default="amst", help="labels of synthetic images: amst, seed (their source's), head, soft or clip"
+        default="amst",
+        help="labels of synthetic images: amst, seed (their source's), head, soft, clip; on digits truth",
     )
     heads: int = number("[2, 100]", "number of auxiliary heads of AMST", 4)
     threshold: float | None = number("[0, 1]", "tau, least confidence of a pseudo-label")
@@ -563,20 +564,16 @@ def self_training_loss(
     return loss
 
 
-def synthetic_targets(labels: str, logits, source_labels, threshold: float, clip_labels=None):
-    """The targets of synthetic and unlabelled images, and which of the images are labelled [N].
+def synthetic_targets(labels: str, logits: torch.Tensor, threshold: float):
+    """The classifier's targets of synthetic and unlabelled images, and which of the images are labelled [N].
 
-    labels: "amst": agreement of the auxiliary heads; "seed": the label of the source image, the paper's seed;
-        "head": the main head's argmax where it is confident; "soft": its probabilities; "clip": CLIP's label
-    logits: [N, 1 + A, K] of the weak views, not needed for "seed" and "clip"
-    source_labels: [N], -1 for an image without a source; clip_labels: [N]
+    labels: "amst": agreement of the auxiliary heads; "head": the main head's argmax where it is confident;
+        "soft": its probabilities
+    logits: [N, 1 + A, K] of the weak views
     The targets are classes [N]; if they are soft, probabilities [N, K].
     """
     if labels == "amst":
         return agreement(logits[:, 1:], threshold)
-    if labels in ("seed", "clip"):
-        hard = source_labels if labels == "seed" else clip_labels
-        return hard.clamp(0), hard >= 0
     main = logits[:, 0].softmax(1)
     if labels == "soft":
         return main, torch.ones(len(main), dtype=torch.bool, device=main.device)
@@ -663,8 +660,12 @@ class Pool:
 
     images: common.Images
     source_labels: torch.Tensor  # [N], the label of the source image; -1 for a real image
-    truth: torch.Tensor | None = None  # [N], the true classes if they can be known; for reports only
+    truth: torch.Tensor | None = None  # [N], the true classes if they can be known
     clip_labels: torch.Tensor | None = None  # [N], CLIP's zero-shot prediction if --labels is clip
+
+    def given(self, labels: str) -> torch.Tensor | None:
+        """The labels [N] if they do not come from the classifier, -1 where there is none; else None."""
+        return {"seed": self.source_labels, "clip": self.clip_labels, "truth": self.truth}.get(labels)
 
 
 def make_pool(args: Args, accelerator, data: common.Data, folder: Path, records) -> tuple[Pool, dict]:
@@ -703,11 +704,10 @@ def predict_targets(args: Args, accelerator, model, pool: Pool | None, labels: s
         return (torch.zeros(0, device=accelerator.device),) * 3
 
     def reduce(logits):
-        return *synthetic_targets(labels, logits, None, args.threshold), logits[:, 0].softmax(1).half()
+        return *synthetic_targets(labels, logits, args.threshold), logits[:, 0].softmax(1).half()
 
-    if labels in ("seed", "clip"):  # the classifier is not asked
-        found = synthetic_targets(labels, None, pool.source_labels, args.threshold, pool.clip_labels)
-        found = *found, torch.zeros(len(found[0]), 1)
+    if (given := pool.given(labels)) is not None:
+        found = given.clamp(0), given >= 0, torch.zeros(len(given), 1)
     else:
         *found, _ = common.predict(model, pool.images, accelerator, args.workers, reduce=reduce)
     return tuple(t.to(accelerator.device) for t in found)
@@ -751,6 +751,7 @@ CLASSIFIERS = {  # the names in reports of classifiers that are trained on real 
     "head": "one head's labels",
     "soft": "soft labels",
     "clip": "CLIP labels",
+    "truth": "true labels",
 }
 
 
@@ -851,6 +852,8 @@ def check(args: Args, accelerator, data: common.Data, pipe) -> None:
         return
     available, processes = len(data.unlabelled or []), accelerator.num_processes
     require(args.unlabelled <= available, f"--unlabelled {args.unlabelled}: {args.dataset} has {available}")
+    known = args.labels != "truth" or args.dataset == "digits"
+    require(known, "--labels truth: only the embedded digits' oracle reads synthetic images; choose another")
     of_pool = f"--synthetic_ratio {args.synthetic_ratio}: {pool_batch(args)} synthetic images in a batch are"
     require(pool_batch(args) % processes == 0, f"{of_pool} not a multiple of {processes} processes")
     if args.labels == "clip":

@@ -276,7 +276,7 @@ def votes(args, net, pool) -> dict[str, torch.Tensor]:
     with torch.random.fork_rng(devices=[]):
         logits = torch.cat([net(stack(pool.images, part).to(device)).cpu() for part in index.split(64)])
     net.train(training)
-    label, accepted = dreamda.synthetic_targets(args.labels, logits, None, args.threshold)
+    label, accepted = dreamda.synthetic_targets(args.labels, logits, args.threshold)
     confidence, vote = (logits[:, 1:] if args.labels == "amst" else logits).float().softmax(2).max(2)
     return {"index": index, "votes": vote, "confidence": confidence, "label": label, "accepted": accepted}
 

@@ -540,7 +540,7 @@ def test_every_method_trains_for_about_600_steps_on_as_many_images(k, images, tm
     for name in compare.METHODS:
         assert comparison.run(name)[0]["training"] == 1.0
     names = [name for name in compare.METHODS if name in runs]
-    assert len(names) == 13 and {*compare.METHODS} - {*names} == {"CutMix", "label smoothing"}
+    assert len(names) == 14 and {*compare.METHODS} - {*names} == {"CutMix", "label smoothing"}
     assert names[:2] == compare.WITHOUT_IMAGES[:2] == [compare.PLAIN, compare.BASE]
     assert all((args.examples_per_class, args.seed) == (k, 0) for args in runs.values())
     for name in names:

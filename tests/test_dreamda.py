@@ -391,7 +391,7 @@ def test_equal_heads_filter_nothing_but_by_the_threshold():
     logits = 2 * torch.randn(200, 1, 10)
     equal = logits.expand(-1, 5, -1)
     for threshold in (0.0, 0.5):
-        amst, head = (dreamda.synthetic_targets(k, equal, None, threshold) for k in ("amst", "head"))
+        amst, head = (dreamda.synthetic_targets(k, equal, threshold) for k in ("amst", "head"))
         assert torch.equal(amst[0], head[0]) and torch.equal(amst[1], head[1])
     assert dreamda.agreement(equal, 0.0)[1].all() and 0 < dreamda.agreement(equal, 0.5)[1].sum() < 200
     assert not dreamda.agreement(2 * torch.randn(200, 4, 10), 0.0)[1].all()
@@ -401,13 +401,20 @@ def test_targets_by_every_kind_of_label():
     main = [[0.7, 0.2, 0.1], [0.1, 0.3, 0.6]]
     agreeing, disagreeing = [[0.1, 0.8, 0.1], [0.2, 0.7, 0.1]], [[0.1, 0.8, 0.1], [0.7, 0.2, 0.1]]
     logits = torch.tensor([[main[0], *agreeing], [main[1], *disagreeing]]).log()
-    source_labels, clip_labels = torch.tensor([2, -1]), torch.tensor([1, 0])
+    images = common.Images(*runs.stripes(2, 0), common.make_transforms(16, "none")[1])
+    known = [torch.tensor(labels) for labels in ([2, -1], [1, 1], [1, 0])]  # the source's, the truth, CLIP's
+    pool, args = dreamda.Pool(images, *known), SimpleNamespace(threshold=0.65, workers=0)
+
+    class Model(nn.Module):
+        def forward(self, x):
+            return logits
 
     def targets(kind):
-        target, labelled = dreamda.synthetic_targets(kind, logits, source_labels, 0.65, clip_labels)
+        target, labelled, _ = dreamda.predict_targets(args, common.make_accelerator(), Model(), pool, kind)
         return target[labelled].tolist(), labelled.tolist()
 
     assert targets("seed") == ([2], [True, False])
+    assert targets("truth") == ([1, 1], [True, True])
     assert targets("amst") == ([1], [True, False])
     assert targets("head") == ([0], [True, False])
     assert targets("clip") == ([1, 0], [True, True])

@@ -74,7 +74,7 @@ def test_self_training_and_weights_work_on_images_of_all_three_methods(folder):
     for step in range(60):
         with torch.no_grad():
             weak = net.eval()(u)
-        targets, labelled = dreamda.synthetic_targets("amst", weak, seed, threshold=0.5)
+        targets, labelled = dreamda.synthetic_targets("amst", weak, threshold=0.5)
         head = 1 + (torch.arange(len(x)) + step) % 4  # of each image; put your augmentations of x here
         logits = net.train()(torch.cat([x, x, u]))
         loss = dreamda.self_training_loss(

@@ -183,6 +183,7 @@ METHODS = {  # a method runs after those above it
     "ActGen": (Comparison.actgen, {}),
     "DreamDA, seed labels": (Comparison.dreamda, dict(labels="seed")),
     "DreamDA": (Comparison.dreamda, dict(labels="amst")),
+    "DreamDA, true labels": (Comparison.dreamda, dict(labels="truth")),  # what the best labels would bring
     "DIAGen": (Comparison.diagen, {}),
 }
 WITHOUT_IMAGES = [name for name, (method, _) in METHODS.items() if method.__name__ in ("real", "by_formula")]
