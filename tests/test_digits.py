@@ -557,8 +557,9 @@ def test_every_method_trains_for_about_600_steps_on_as_many_images(k, images, tm
             steps = args.epochs * math.ceil(made / (args.batch_size * args.synthetic_ratio))
         size = args.batch_size + (0 if name in ("ActGen", "DIAGen") else dreamda.pool_batch(args))
         assert made == pytest.approx(images, abs=real - 1)
-        assert size == pytest.approx(24, abs=1) or (name, images) == ("ActGen", 40)  # an image an epoch
-        assert steps == pytest.approx(200 if "third" in name else 600, rel=0.11), name
+        expected = 8 if "8 images" in name else 24
+        assert size == pytest.approx(expected, abs=1) or (name, images) == ("ActGen", 40)  # an image an epoch
+        assert steps == pytest.approx(600, rel=0.11), name
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ Every classifier is the small CNN with the weights that digits/pretrain.py learn
 learns, for about 600 steps of 24 images, by AdamW at a learning rate of 1e-3. A method makes --images
 synthetic images for each draw of real ones.
 
-CutMix (Yun et al. 2019), label smoothing, RandAugment and a shorter training need no generator: what any user
+CutMix (Yun et al. 2019), label smoothing, RandAugment and smaller batches need no generator: what any user
 would try first. Real Guidance and DA-Fusion run as published and at DIAGen's settings. They, random
 text-to-image, and DreamDA without AMST differ in their images alone. A step takes 8 real images and 16
 synthetic ones, in training without synthetic images 24 real ones. ActGen, DreamDA and DIAGen train as their
@@ -123,8 +123,9 @@ class Comparison:
 
     def real(self, name: str, **changes):
         """Training on the real images alone."""
-        if "share" in changes:  # of the steps
-            changes["epochs"] = round(changes.pop("share") * self.plain["epochs"])
+        if changes.pop("small_batch", False):  # 4 real images, and 4 in the place of synthetic ones
+            epochs = max(1, round(STEPS / (10 * self.k * self.M // 4)))
+            changes |= dict(batch_size=4, synthetic_ratio=1.0, epochs=epochs)
         return run(dreamda, self.out / name, **self.plain | changes, real_only=True), None, 0.0
 
     def by_formula(self, name: str, **changes):
@@ -171,7 +172,7 @@ class Comparison:
 METHODS = {  # a method runs after those above it
     PLAIN: (Comparison.real, dict(augment="none")),
     BASE: (Comparison.real, {}),
-    f"{BASE}, a third of the steps": (Comparison.real, dict(share=1 / 3)),
+    f"{BASE}, 8 images a step": (Comparison.real, dict(small_batch=True)),
     "RandAugment": (Comparison.real, dict(augment="digits+randaugment")),
     "CutMix": (Comparison.by_formula, {}),
     "label smoothing": (Comparison.by_formula, {}),

@@ -34,7 +34,7 @@ VARIATIONS = [
     for noise, scale in ((3.0, 4.0), (6.0, 4.0), (12.0, 4.0), (24.0, 4.0))
 ]
 TRIALS = {
-    compare.BASE: [{}, dict(share=2 / 3), dict(share=1 / 3), dict(augment="digits+randaugment")],
+    compare.BASE: [{}, dict(small_batch=True), dict(lr=3e-4), dict(augment="digits+randaugment")],
     compare.TEXT: [dict(guidance_scale=scale) for scale in (1.0, 2.0, 4.0, 7.5)],
     "DreamDA, seed labels": VARIATIONS,
     "DreamDA": [
