@@ -554,6 +554,29 @@ def test_pseudo_labels_are_right_where_the_sources_are_wrong_and_heads_grow_apar
     assert log[-1]["orthogonality"] < dreamda.orthogonality_loss(fresh.auxiliary_weights()).item()
 
 
+def test_a_step_shows_each_real_image_to_one_auxiliary_head_and_the_steps_to_all(tmp_path, monkeypatch):
+    """So AMST costs 4/3 of training with the sources' labels: 2 B + U images a step instead of B + U."""
+    loss, shown, rows = dreamda.self_training_loss, [], []
+
+    def record(real, y, head, synthetic, *others):
+        shown.append(head)
+        rows.append((real.shape[:2], len(synthetic)))
+        return loss(real, y, head, synthetic, *others)
+
+    monkeypatch.setattr(dreamda, "self_training_loss", record)
+    training = dict(epochs=4, eval_every=4, batch_size=8, image_size=16, augment="none", threshold=0.8)
+    args = arguments(tmp_path, **training)
+    data = common.Data([*"abcd"], stripes(8, 0), stripes(8, 2))
+    run, pool = common.Run(args, common.make_accelerator()), stripes(96, 1)
+    pool = dreamda.Pool(pool, torch.tensor(pool.labels))
+    dreamda.train(args, run, common.make_accelerator(), data, pool, "amst")
+    assert set(rows) == {((2, 8), 16)} and len(rows) == 24
+    # each batch holds the same eight images, so in four steps every one of them has seen every head
+    counts = torch.stack([(torch.cat(shown) == k).sum() for k in (1, 2, 3, 4)])
+    assert counts.sum() == 24 * 8 and (counts == 48).all()
+    assert all((torch.bincount(head, minlength=5)[1:] == 2).all() for head in shown)
+
+
 def test_paths_share_z_T_and_each_reproduces_the_image_by_noise_of_its_own(pipe, digits):
     x = digits.test[3][0][None].expand(2, -1, -1, -1)
     starts, own = ([common.generator(0, key) for key in keys] for keys in ((7, 7), (1, 2)))
