@@ -66,8 +66,8 @@ class Args(common.RunArgs):
     )
     heads: int = number("[2, 100]", "number of auxiliary heads of AMST", 4)
     threshold: float | None = number("[0, 1]", "tau, least confidence of a pseudo-label")
-    auxiliary_weight: float = number("[0, 1000]", "w_a, weight of L_aux", 0.5)
-    orthogonality_weight: float = number("[0, 1000]", "w_o, weight of L_orth", 0.3)
+    auxiliary_weight: float = number("[0, 1000]", "w_a, weight of L_aux", 0.2)
+    orthogonality_weight: float = number("[0, 1000]", "w_o, weight of L_orth", 0.1)
     consistency_weight: float | None = number("[0, 1000]", "w_c, weight of L_cons")
     synthetic_ratio: float = number("(0, 100]", "synthetic images per real image in a batch", 2.0)
     unlabelled: int = number("[0, 1e9]", "real images without labels, added to the synthetic ones", 0)
@@ -535,7 +535,7 @@ def consistency_loss(logits: torch.Tensor, weak: torch.Tensor) -> torch.Tensor:
 
 
 def self_training_loss(
-    real, y, head, synthetic, targets, labelled, weak, auxiliary, w_a=0.5, w_o=0.3, w_c=1.0
+    real, y, head, synthetic, targets, labelled, weak, auxiliary, w_a=0.2, w_o=0.1, w_c=1.0
 ) -> torch.Tensor:
     """The loss of a batch of B real images x and U synthetic images u.
 

@@ -39,7 +39,7 @@ TRIALS = {
     "DreamDA, seed labels": VARIATIONS,
     "DreamDA": [
         VARIATIONS[2] | dict(threshold=threshold, auxiliary_weight=weight)
-        for threshold, weight in ((0.8, 0.05), (0.8, 0.5), (0.5, 0.5), (0.3, 0.5))
+        for threshold, weight in ((0.8, 0.05), (0.8, 0.2), (0.5, 0.2), (0.3, 0.2))
     ],
     "DIAGen": EDITS,
     "DA-Fusion": EDITS,
