@@ -38,8 +38,11 @@ def fixed_seed():
 
 
 @pytest.fixture(scope="module")
-def quick():
-    """For runs in this process: 100 digits to evaluate on; the embedded generator is loaded once."""
+def quick(digits):
+    """For runs in this process: 100 digits to evaluate on; the embedded generator is loaded once.
+
+    `digits` comes first: loaded later, it would be of these few, and in another style.
+    """
     few = {k: v if k == "train" else (v[0][:100], v[1][:100]) for k, v in world.splits().items()}
     load = common.load_pipeline
     pipe = load(common.DIGITS_SD)

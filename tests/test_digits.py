@@ -418,7 +418,7 @@ def kill_at(monkeypatch, name, n, folder):
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
+def trained(tmp_path_factory, digits):  # digits first: later they would be of these 32
     """The folder of a tiny training that nothing interrupts, on 32 digits."""
     few = {name: pool[:32] for name, pool in world.pools().items()}
     with pytest.MonkeyPatch.context() as patch:
