@@ -2,12 +2,14 @@
 
 import ast
 import dataclasses
+import importlib
 import io
 import itertools
 import json
 import math
 import pickle
 import re
+import shlex
 import shutil
 import sys
 from contextlib import redirect_stderr, redirect_stdout
@@ -22,6 +24,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from transformers import HfArgumentParser
 
 import actgen
 import common
@@ -340,6 +343,23 @@ def test_class_folders_avoid_what_windows_refuses():
         assert stem not in {"con", "prn", "aux", "nul"} and not re.fullmatch("(com|lpt)[0-9¹²³]", stem)
         assert not re.search(r'[<>:"/\\|?*\x00-\x1f]', folder) and folder[-1] not in ". "
     assert folders[-3:] == names[-3:]
+
+
+def test_documented_commands_have_arguments_that_exist(capsys):
+    patterns = "*.md", "digits/**/*.md", "*.py", "digits/**/*.py", "tests/bench.py"
+    pages = [path.read_text(encoding="utf-8") for pattern in patterns for path in ROOT.glob(pattern)]
+    lines = re.findall(r"python ((?:\w+/)*\w+\.py.*)", "\n".join(pages).replace("\\\n", ""))
+    commands = {re.split(r"  +(?=[^ -])|[`#;]", line)[0].replace("[", "").replace("]", "") for line in lines}
+    assert len(commands) > 60
+    for command in commands:
+        path, *words = shlex.split(re.sub(r" [TN]\b", " 4", command))
+        module = importlib.import_module(path.removesuffix(".py").removeprefix("tests/").replace("/", "."))
+        if not hasattr(module, "Args"):  # a few experiments have no arguments
+            continue
+        try:
+            HfArgumentParser(module.Args).parse_args_into_dataclasses(words)
+        except (SystemExit, ValueError):
+            pytest.fail(f"{command}: {capsys.readouterr().err}")
 
 
 SOURCES = [*ROOT.glob("*.py"), *ROOT.glob("digits/*.py")]

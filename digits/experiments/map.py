@@ -1,7 +1,7 @@
 """Maps when each method pays: its gain over how well the generator knows the classes, the style, the digits.
 
     python digits/experiments/map.py                 hours; a run is kept and never repeated
-    python digits/experiments/map.py --seeds 1 --confusions 0 0.45 --styles 0 0.65 --varieties
+    python digits/experiments/map.py --seeds 1 --confusions 0 0.45 --styles 0 0.65 --varieties 898
 
 A cell of the map is a world: a generator whose captions name the look-alike with probability p (confusion),
 and a target that differs from its images by the strength g (style). For every cell compare.py's methods run
