@@ -25,7 +25,7 @@ import common
 import diagen
 import dreamda
 from digits import judge, pretrain, world
-from digits.experiments import compare, tune
+from digits.experiments import batch_norm, compare, labels, tune
 from digits.experiments import map as world_map
 
 # ----------------------------------------------------------------------------------------------------------
@@ -488,7 +488,7 @@ def test_the_timesteps_of_a_batch_are_spread_over_the_schedule_and_a_tenth_of_th
 # The experiments
 
 
-@pytest.mark.parametrize("name", ["attention_masks", "noise_sweep", "pictures", "sigma_sweep", "variants"])
+@pytest.mark.parametrize("name", sorted(p.stem for p in (common.ROOT / "digits/experiments").glob("*.py")))
 def test_an_experiment_can_be_imported(name):
     assert importlib.import_module(f"digits.experiments.{name}").main
 
@@ -601,6 +601,39 @@ def test_the_map_has_a_cell_for_each_world_and_repeats_no_run(compared, tmp_path
     assert rows[0].startswith("| 0.0 | 0.0 | random text-to-image | +")
     world_map.main(args)
     assert len(compared) == len(made)
+
+
+@pytest.mark.parametrize("source", [batch_norm.WHOLE, "groups of 4", batch_norm.FIXED])
+def test_batch_norm_takes_its_statistics_from_there(source):
+    stock, ours = torch.nn.BatchNorm2d(3), batch_norm.batch_norm(source)(3)
+    x = torch.randn(24, 3, 5, 5) * 2 + 1
+    stock.running_mean += 1  # what a pretrained network remembers
+    ours.load_state_dict(stock.state_dict())
+    if source == batch_norm.FIXED:
+        expected = stock.eval()(x)
+    else:
+        groups = 6 if "4" in source else 1
+        expected = torch.stack([stock(x[i::groups]) for i in range(groups)], 1).flatten(0, 1)
+    torch.testing.assert_close(ours(x), expected)
+    assert torch.equal(ours.running_var, stock.running_var)
+    torch.testing.assert_close(ours.eval()(x), stock.eval()(x))
+
+
+def test_labels_are_counted_by_what_an_image_shows(tmp_path):
+    """Of the pseudo-labels half are missing, a quarter wrong; in uncommon settings all sources are wrong."""
+    records = []
+    for settings in ("common", "uncommon"):
+        samples = world.render_pool(world.pools()["web"], 40, 5, settings)
+        for i, (image, digit) in enumerate(zip(samples["images"], samples["labels"].tolist(), strict=True)):
+            label = (digit + (settings == "uncommon")) % 10
+            record = {"file_name": f"{world.NAMES[label]}/{settings}{i}.png", "label": label}
+            record["pseudo_label"] = [None, digit, None, (digit + 1) % 10][i % 4]
+            common.save_png(image.permute(2, 0, 1) / 255, tmp_path / "synthetic" / record["file_name"])
+            records.append(record | {"class_name": world.NAMES[label]})
+    common.write_file(tmp_path / "synthetic" / "metadata.jsonl", records)
+    found = labels.shares(tmp_path)
+    assert found["common"] == pytest.approx([0.5, 1, 0.5, 0.5, 1], abs=0.06)
+    assert found["uncommon"] == pytest.approx([0.5, 0, 0.5, 0.5, 0], abs=0.06)
 
 
 def test_settings_are_tried_on_validation_digits_alone(compared, tmp_path, monkeypatch):

@@ -4,7 +4,7 @@
 
 Prints a table of the mean IoU over 300 images of the test pool, by layer and sampling step, for two kinds of
 attention maps:
-    noised    of the real image, noised to step i of 40, from one conditional pass of the U-Net
+    noised    of the real image, noised to step i of 20, from one conditional pass of the U-Net
     guided    the mask m_t that ActGen's sampler uses at step i with this image as the guide, averaged over
               the layers and the steps so far
 A map becomes a mask by a threshold, which is chosen on 300 images of the train pool. So is the radius of the
@@ -26,8 +26,9 @@ import common  # noqa: E402
 from digits import world  # noqa: E402
 
 PICTURE = common.ROOT / "digits" / "pictures" / "attention_masks.png"
-COUNT, STEPS, LOOK_AT = 300, 40, [0, 5, 10, 15, 20, 25, 30, 35, 39]
-PROMPT, BATCH = "a photo of a {}", 50
+COUNT, BATCH, LOOK_AT = 300, 50, [0, 5, 10, 15, 19]
+RECIPE = actgen.RECIPES["digits"]
+PROMPT, STEPS = RECIPE["prompt"], RECIPE["steps"]
 THRESHOLDS = np.linspace(0.05, 0.95, 19)
 
 
@@ -90,8 +91,7 @@ def guided_maps(pipe, samples: dict) -> dict[tuple[str, str, int], torch.Tensor]
                 generators=[common.generator(2, j) for j in range(i, min(n, i + BATCH))],
                 prompt=PROMPT,
                 steps=STEPS,
-                guidance_scale=7.5,
-                attention_resolution=8,
+                **{k: RECIPE[k] for k in ("guidance_scale", "guidance_centre", "attention_resolution")},
             )
     finally:
         actgen.ClassAttention.mask = mask
@@ -139,8 +139,8 @@ def save_picture(judged: dict, maps: dict) -> None:
 
 def main() -> None:
     pipe, pools = common.load_pipeline(common.DIGITS_SD), world.pools()
-    chosen = world.render_pool(pools["train"], COUNT, seed=11)
-    judged = world.render_pool(pools["test"], COUNT, seed=12)
+    chosen = world.render_pool(pools["train"], COUNT, seed=11, style=world.STYLE)
+    judged = world.render_pool(pools["test"], COUNT, seed=12, style=world.STYLE)
     print(f"centred disc: IoU {iou(best_disc(chosen), judged['masks']).mean():.3f}")
 
     choose, judge = (noised_maps(pipe, s) | guided_maps(pipe, s) for s in (chosen, judged))

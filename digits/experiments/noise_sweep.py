@@ -26,12 +26,12 @@ from digits import judge  # noqa: E402
 PICTURES = common.ROOT / "digits" / "pictures"
 PER_CLASS = 20
 SETTINGS = {  # (place, noise of the two guidance rows): scales in standard deviations of the features
-    ("bottleneck", "independent"): (0, 6, 12, 15, 18, 25),
-    ("bottleneck", "paired"): (6, 12, 25, 50),
-    ("mid_input", "independent"): (3, 6, 12),
-    ("down", "independent"): (0.3, 0.6, 1, 2),
-    ("up", "independent"): (0.1, 0.2, 0.3, 0.6),
-    ("latents", "independent"): (0.1, 0.2, 0.25, 0.3),
+    ("bottleneck", "independent"): (0, 3, 6, 12, 18, 24),
+    ("bottleneck", "paired"): (6, 12, 24, 48),
+    ("mid_input", "independent"): (6, 12),
+    ("down", "independent"): (0.3, 0.6, 1),
+    ("up", "independent"): (0.1, 0.2, 0.3),
+    ("latents", "independent"): (0.1, 0.2, 0.3),
 }
 
 
@@ -126,7 +126,7 @@ def main() -> None:
     figure.savefig(PICTURES / "dreamda_sweep.png", dpi=110)
 
     some = slice(5, None, 14)
-    scaled = [sweep.vary(inverted, 3, noise_scale=scale)[some] for scale in (0, 6, 12, 18, 25)]
+    scaled = [sweep.vary(inverted, 3, noise_scale=scale)[some] for scale in (0, 6, 12, 18, 24)]
     rows = [sweep.images[some], *(common.decode(sweep.pipe, z) for z in scaled)]
     common.save_grid(torch.cat(rows), PICTURES / "dreamda.png", columns=len(rows[0]), scale=2)
 

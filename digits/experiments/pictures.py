@@ -48,6 +48,14 @@ CAPTIONS = {  # what goes in, what is perturbed, what comes out
 }
 
 
+SAMPLER = "prompt steps guidance_scale guidance_centre attention_resolution gradient_steps nu"  # ActGen's
+
+
+def settings(script, names: str) -> dict:
+    """The digits' values of some of a script's arguments."""
+    return {name: script.RECIPES["digits"][name] for name in names.split()}
+
+
 @torch.no_grad()
 def draw_columns(pipe, images: torch.Tensor, labels: torch.Tensor, classifier) -> dict[str, list]:
     """Three images by each method: what goes in, what is perturbed, what comes out.
@@ -55,14 +63,11 @@ def draw_columns(pipe, images: torch.Tensor, labels: torch.Tensor, classifier) -
     images [N, 3, 32, 32] and labels [N]: those to choose from; classifier: of L_adv, which one image has
     """
 
-    def settings(script, names: str) -> dict:
-        return {name: script.RECIPES["digits"][name] for name in names.split()}
-
     def generators(key: int) -> list[torch.Generator]:
         return [common.generator(key, i) for i in range(3)]
 
     x, y = (v[[int((labels == c).nonzero()[0]) for c in (3, 5, 8)]] for v in (images, labels))
-    options = settings(actgen, "prompt guidance_scale guidance_centre attention_resolution nu")
+    options = settings(actgen, SAMPLER)
     options |= {"generators": generators(31), "adversarial": torch.tensor([False, False, True])}
     out = actgen.generate(pipe, x, y, world.NAMES, classifier, **options)
     columns = {"ActGen": [x, F.interpolate(out.masks, x.shape[2:], mode="bilinear"), out.images]}
@@ -117,11 +122,10 @@ def save_overview(columns: dict[str, list], path: Path) -> None:
 def main() -> None:
     pretrain.save_sheet(PICTURES / "digits.png")
     pipe, oracle = common.load_pipeline(common.DIGITS_SD), judge.load_oracle()
-    samples = world.render_pool(world.pools()["test"], 200, seed=21)
+    samples = world.render_pool(world.pools()["test"], 200, seed=21, style=world.STYLE)
     first = [int((samples["labels"] == y).nonzero()[k]) for k in (0, 1, 2) for y in range(10)][:24]
     images = samples["images"].permute(0, 3, 1, 2).float() / 255
     guides, labels = images[first], samples["labels"][first]
-    recipe = actgen.RECIPES["digits"]
 
     def classifier(x):
         return oracle(x)[:, : judge.HEADS[0]]
@@ -137,7 +141,7 @@ def main() -> None:
             bank=bank,
             contrastive_weight=contrastive_weight,
             adversarial_weight=adversarial_weight,
-            **{k: recipe[k] for k in ("prompt", "guidance_scale", "attention_resolution", "nu")},
+            **settings(actgen, SAMPLER),
         )
 
     save_overview(draw_columns(pipe, images, samples["labels"], classifier), PICTURES / "overview.png")
