@@ -547,7 +547,7 @@ def test_every_method_trains_for_about_600_steps_on_as_many_images(k, images, tm
         args = runs[name]
         if name == "ActGen":
             half = args.epochs // 2
-            seen = [real * (1 - args.genval_share) + args.images_per_epoch * e for e in range(half)]
+            seen = [real + args.images_per_epoch * e for e in range(half)]
             seen += [real + args.images_per_epoch * half] * half
             steps, made = sum(math.ceil(n / args.batch_size) for n in seen), args.images_per_epoch * half
         elif name == "DIAGen":
@@ -558,7 +558,7 @@ def test_every_method_trains_for_about_600_steps_on_as_many_images(k, images, tm
         size = args.batch_size + (0 if name in ("ActGen", "DIAGen") else dreamda.pool_batch(args))
         assert made == pytest.approx(images, abs=real - 1)
         expected = 8 if "8 images" in name else 24
-        assert size == pytest.approx(expected, abs=1) or (name, images) == ("ActGen", 40)  # an image an epoch
+        assert size == pytest.approx(expected, abs=2) or (name, images) == ("ActGen", 40)  # an image an epoch
         assert steps == pytest.approx(600, rel=0.11), name
 
 

@@ -12,8 +12,9 @@ CutMix (Yun et al. 2019), label smoothing, RandAugment and smaller batches need 
 would try first. Real Guidance and DA-Fusion run as published and at DIAGen's settings. They, random
 text-to-image, and DreamDA without AMST differ in their images alone. A step takes 8 real images and 16
 synthetic ones, in training without synthetic images 24 real ones. ActGen, DreamDA and DIAGen train as their
-papers say. ActGen has as many epochs as make about 600 steps of all its images. Of DIAGen's 24 images a step
-two in three are synthetic, and its classifier is the best of 30 epochs on the validation split.
+papers say. ActGen is its few-shot variant, and has as many epochs as make about 600 steps of all its images.
+Of DIAGen's 24 images a step two in three are synthetic, and its classifier is the best of 30 epochs on the
+validation split.
 
 The seconds in the table are medians. Those of generation leave out Textual Inversion, because DA-Fusion and
 DIAGen share their tokens. A run is kept in --out and never repeated, so the command goes on where it was
@@ -143,10 +144,10 @@ class Comparison:
         return scores, source / "synthetic", made["generation"]
 
     def actgen(self, name: str, **changes):
-        """ActGen: in the first half it sees four fifths of the real images and ever more variants."""
+        """ActGen, few-shot: all real images are guides. In the first half it sees ever more variants."""
         k, n, all_seen = self.k, self.images, STEPS * (REAL + SYNTHETIC)
-        half = min(n, round((all_seen + 0.5 * n) / (18 * k + 1.5 * n)))  # of the epochs; it draws in each
-        size = round((18 * k * half + n * (1.5 * half - 0.5)) / STEPS)
+        half = min(n, round((all_seen + 0.5 * n) / (20 * k + 1.5 * n)))  # of the epochs; it draws in each
+        size = round((20 * k * half + n * (1.5 * half - 0.5)) / STEPS)
         steps = dict(epochs=2 * half, images_per_epoch=n // half, batch_size=size, eval_every=1000)
         scores = run(actgen, self.out / name, **self.draw | changes, **steps)
         return scores, self.out / name / "synthetic", scores["generation"]
@@ -181,7 +182,7 @@ METHODS = {  # a method runs after those above it
     "Real Guidance": (Comparison.img2img, dict(method="real_guidance")),
     "DA-Fusion": (Comparison.img2img, dict(method="da_fusion")),
     "DA-Fusion, as published": (Comparison.img2img, dict(method="da_fusion_published")),
-    "ActGen": (Comparison.actgen, {}),
+    "ActGen": (Comparison.actgen, dict(few_shot=True)),
     "DreamDA, seed labels": (Comparison.dreamda, dict(labels="seed")),
     "DreamDA": (Comparison.dreamda, dict(labels="amst")),
     "DreamDA, true labels": (Comparison.dreamda, dict(labels="truth")),  # what the best labels would bring
@@ -214,6 +215,7 @@ def results_of(
             numbers = {split: 100 * scores[split]["top1"] for split in ("test", "test_ood")}
             numbers |= {"generation": generation, "training": scores["training"]}
             numbers |= distances(synthetic, dials["style"]) if synthetic else {}
+            numbers = {key: round(float(value), 4) for key, value in numbers.items()}
             with FileLock(f"{store}.lock"):
                 common.write_file(store, common.read_file(store, {}) | {key: numbers})
         results[name] = common.read_file(store)[key]
