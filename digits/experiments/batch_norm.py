@@ -22,14 +22,16 @@ from transformers.hf_argparser import HfArg
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import common  # noqa: E402
+import dreamda  # noqa: E402
 from digits import world  # noqa: E402
 from digits.experiments import compare, tune  # noqa: E402
 
 WHOLE, FIXED = "the batch", "the pretrained network"  # where the statistics come from, or groups of n images
 SEED, TRUTH = "DreamDA, seed labels", "DreamDA, true labels"
+LABELS = {compare.TEXT: "seed", SEED: "seed", TRUTH: "truth"}
 ROWS = [(compare.BASE, source) for source in (WHOLE, "groups of 8", "groups of 4", FIXED)]
 ROWS.insert(1, (f"{compare.BASE}, 8 images a step", WHOLE))
-ROWS += [(name, s) for name in (compare.TEXT, SEED, TRUTH) for s in (WHOLE, "groups of 8", "groups of 4")]
+ROWS += [(name, source) for name in LABELS for source in (WHOLE, "groups of 8", "groups of 4")]
 
 
 @dataclass
@@ -64,14 +66,16 @@ def accuracies(name: str, source: str, seed: int, out: Path, images: int) -> lis
     kept = out / f"s{seed}" / source / name
     if not (kept / "accuracies.json").exists():
         dials = dict(style=world.STYLE, diffusion=common.DIGITS_SD)
-        first = compare.Comparison(16, images, seed, out / f"s{seed}", **dials)
-        changes = {}
-        if name in (compare.TEXT, SEED, TRUTH):
-            drawn = compare.TEXT if name == compare.TEXT else SEED
-            changes["synthetic"] = str(first.run(drawn)[1].parent)
-            name = SEED if name == compare.TEXT else name
+        comparison = compare.Comparison(16, images, seed, out / f"s{seed}", **dials)
+        if name in LABELS:
+            drawn = comparison.run(compare.TEXT if name == compare.TEXT else SEED)[1].parent
+            settings = comparison.plain | dict(labels=LABELS[name], synthetic=str(drawn))
+        comparison.out = kept
         with mock.patch.object(nn, "BatchNorm2d", batch_norm(source)):
-            scores = compare.Comparison(16, images, seed, kept, **dials).run(name, **changes)[0]
+            if name in LABELS:
+                scores = compare.run(dreamda, kept, **settings)
+            else:
+                scores = comparison.run(name)[0]
         common.write_file(
             kept / "accuracies.json", [100 * scores[split]["top1"] for split in ("test", "test_ood")]
         )

@@ -38,7 +38,7 @@ class Args:
 
     confusions: list[float] = HfArg(default_factory=lambda: [0.0, 0.4, 0.45], help="p, one row for each")
     styles: list[float] = HfArg(default_factory=lambda: [0.0, 0.65, 0.8], help="g, one column for each")
-    varieties: list[int] = HfArg(default_factory=lambda: [898, 30, 10], help="digits the generator knows")
+    varieties: list[int] = HfArg(default_factory=lambda: [898, 10], help="digits the generator knows")
     images: int = HfArg(default=320, help="synthetic images")
     seeds: int = HfArg(default=3, help="number of seeds")
     first_seed: int = HfArg(default=0, help="the first of the seeds")
