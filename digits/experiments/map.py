@@ -9,9 +9,10 @@ on 16 real images per class. The generators of the map know all 898 digits of th
 cells, at the default world's confusion and style, has generators that know fewer (variety). Those that are
 missing are trained by pretrain.py, in twenty minutes of one core each.
 
-The numbers of all runs are collected in --results; what stands there is not run again. Writes to --out:
-map.png, a heat map of the gain over standard augmentation for each method, and map.md, which also has the
-share of right digits and the FID.
+The numbers of all runs are collected in --results; what stands there is not run again. Those of RESULTS.md
+are in map.json beside this script; `--results digits/experiments/map.json` goes on from them. Writes to
+--out: map.png, a heat map of the gain over standard augmentation for each method, and map.md, which also has
+the share of right digits and the FID.
 """
 
 import sys
