@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import common
+from digits import world
 
 FOLDER = Path(__file__).resolve().parent
 KEYS, HEADS = ["labels", "colours", "settings"], [10, 6, 3]  # what the oracle reads; its logits for each
@@ -29,6 +30,23 @@ def read(images: common.Images, accelerator) -> tuple[torch.Tensor, torch.Tensor
     head, oracle.fc = oracle.fc.cpu(), nn.Identity()
     features, _ = common.predict(oracle, images, accelerator)
     return features, head(features)[:, : HEADS[0]].argmax(1)
+
+
+@torch.no_grad()
+def read_run(folder: Path) -> tuple[list[dict], torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A run's synthetic images: their records, their labels [N], and the digits [N] and settings [N] that the
+    oracle reads in them.
+    """
+    records = common.read_records(folder / "synthetic", world.NAMES)
+    shown = common.images_of(records, folder / "synthetic", common.make_transforms(32, "none")[1])
+    images = torch.stack([image for image, _ in shown])
+    digits, _, settings = (logits.argmax(1) for logits in load_oracle()(images).split(HEADS, 1))
+    return records, torch.tensor(shown.labels), digits, settings
+
+
+def uncommon_settings(labels: torch.Tensor) -> torch.Tensor:
+    """The uncommon setting [N] of the classes `labels` [N], as the oracle counts the settings."""
+    return torch.tensor([world.SETTINGS.index(world.uncommon_setting(y)) for y in labels.tolist()])
 
 
 def distribution_distances(real: torch.Tensor, fake: torch.Tensor, k: int = 3) -> dict[str, float]:

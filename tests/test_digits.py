@@ -558,7 +558,11 @@ def test_every_method_trains_for_about_600_steps_on_as_many_images(k, images, tm
         size = args.batch_size + (0 if name in ("ActGen", "DIAGen") else dreamda.pool_batch(args))
         assert made == pytest.approx(images, abs=real - 1)
         expected = 8 if "8 images" in name else 24
-        assert size == pytest.approx(expected, abs=2) or (name, images) == ("ActGen", 40)  # an image an epoch
+        rounded = 2 if (name, k) == ("ActGen", 64) else 1  # its epochs are whole
+        assert size == pytest.approx(expected, abs=rounded) or (name, images) == (
+            "ActGen",
+            40,
+        )  # one an epoch
         assert steps == pytest.approx(600, rel=0.11), name
 
 

@@ -66,16 +66,15 @@ def accuracies(name: str, source: str, seed: int, out: Path, images: int) -> lis
     kept = out / f"s{seed}" / source / name
     if not (kept / "accuracies.json").exists():
         dials = dict(style=world.STYLE, diffusion=common.DIGITS_SD)
-        comparison = compare.Comparison(16, images, seed, out / f"s{seed}", **dials)
+        shared, own = (compare.Comparison(16, images, seed, o, **dials) for o in (out / f"s{seed}", kept))
         if name in LABELS:
-            drawn = comparison.run(compare.TEXT if name == compare.TEXT else SEED)[1].parent
-            settings = comparison.plain | dict(labels=LABELS[name], synthetic=str(drawn))
-        comparison.out = kept
+            drawn = shared.run(compare.TEXT if name == compare.TEXT else SEED)[1].parent
+            settings = dict(labels=LABELS[name], synthetic=str(drawn))
         with mock.patch.object(nn, "BatchNorm2d", batch_norm(source)):
             if name in LABELS:
-                scores = compare.run(dreamda, kept, **settings)
+                scores = compare.run(dreamda, kept, **own.plain, **settings)
             else:
-                scores = comparison.run(name)[0]
+                scores, *_ = own.run(name)
         common.write_file(
             kept / "accuracies.json", [100 * scores[split]["top1"] for split in ("test", "test_ood")]
         )

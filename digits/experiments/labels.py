@@ -20,7 +20,7 @@ from transformers.hf_argparser import HfArg
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import common  # noqa: E402
-from digits import judge, world  # noqa: E402
+from digits import judge  # noqa: E402
 
 COLUMNS = ["setting", "share", "source right", "labelled", "AMST right", "source right, on these"]
 
@@ -32,15 +32,11 @@ class Args:
     runs: list[str] = HfArg(default_factory=lambda: ["runs/dreamda-digits-s0"], help="DreamDA's runs")
 
 
-@torch.no_grad()
 def shares(folder: Path) -> dict[str, list[float]]:
     """For images in common and in uncommon settings: the shares of COLUMNS."""
-    records = common.read_records(folder / "synthetic", world.NAMES)
-    shown = common.images_of(records, folder / "synthetic", common.make_transforms(32, "none")[1])
-    images, source = torch.stack([image for image, _ in shown]), torch.tensor(shown.labels)
-    digits, _, settings = (logits.argmax(1) for logits in judge.load_oracle()(images).split(judge.HEADS, 1))
+    records, source, digits, settings = judge.read_run(folder)
     label = torch.tensor([-1 if r["pseudo_label"] is None else r["pseudo_label"] for r in records])
-    new = torch.tensor([world.SETTINGS.index(world.uncommon_setting(y)) for y in digits.tolist()]) == settings
+    new = settings == judge.uncommon_settings(digits)
     found = {}
     for name, part in (("common", ~new), ("uncommon", new)):
         labelled = part & (label >= 0)

@@ -30,16 +30,12 @@ class Args:
     runs: str = HfArg(default="runs/actgen-digits-ladder-s0", help="folder of ActGen's ladder")
 
 
-@torch.no_grad()
 def shares(folder: Path) -> dict[bool, list[float]]:
     """For plain and guided images of a run: the shares of right digits, look-alikes, uncommon settings."""
-    records = common.read_records(folder / "synthetic", world.NAMES)
-    shown = common.images_of(records, folder / "synthetic", common.make_transforms(32, "none")[1])
-    images, labels = torch.stack([image for image, _ in shown]), torch.tensor(shown.labels)
-    digits, _, settings = (logits.argmax(1) for logits in judge.load_oracle()(images).split(judge.HEADS, 1))
+    records, labels, digits, settings = judge.read_run(folder)
     alike = torch.tensor([world.LOOK_ALIKE[y] for y in labels.tolist()])
-    uncommon = torch.tensor([world.SETTINGS.index(world.uncommon_setting(y)) for y in labels.tolist()])
-    found = torch.stack([digits == labels, digits == alike, settings == uncommon], 1).float()
+    uncommon = settings == judge.uncommon_settings(labels)
+    found = torch.stack([digits == labels, digits == alike, uncommon], 1).float()
     guided = torch.tensor([record["guided"] for record in records])
     return {kind: found[guided == kind].mean(0).tolist() for kind in set(guided.tolist())}
 
