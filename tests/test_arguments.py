@@ -362,6 +362,27 @@ def test_documented_commands_have_arguments_that_exist(capsys):
             pytest.fail(f"{command}: {capsys.readouterr().err}")
 
 
+def anchors(page: Path) -> list[str]:
+    """The anchors of a page's headings, as GitHub makes them."""
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.S)
+    heads = [head.lower() for head in re.findall(r"^#+ (.*)$", text, re.M)]
+    return [re.sub(r"[^\w\- ]", "", head).replace(" ", "-") for head in heads]
+
+
+@pytest.mark.parametrize("page", ["README.md", "digits/README.md", "digits/RESULTS.md"])
+def test_links_lead_to_files_and_headings_that_exist(page):
+    here = ROOT / page
+    links = re.findall(r"\]\(([^)\s]+)\)", here.read_text(encoding="utf-8"))
+    local = [link for link in links if "://" not in link]
+    assert local
+    for link in local:
+        file, _, anchor = link.partition("#")
+        target = here.parent / file if file else here
+        assert target.exists(), link
+        # a heading that a page has twice has a number in its anchor, which changes with the page
+        assert not anchor or anchors(target).count(anchor) == 1, link
+
+
 SOURCES = [*ROOT.glob("*.py"), *ROOT.glob("digits/*.py")]
 
 
