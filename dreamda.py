@@ -735,6 +735,26 @@ def pool_batch(args: Args) -> int:
     return max(1, round(args.batch_size * args.synthetic_ratio))
 
 
+def make_loaders(args: Args, accelerator, data: common.Data, pool: Pool | None, heads: int):
+    """The loaders of the views of real images and, with a pool, of its strong views, and an epoch's steps.
+
+    In the place of its label an image has its index.
+    """
+    views, strong_view = make_views(args.image_size, args.augment, heads)
+    real = data.train.transformed(views)
+    real.labels = list(range(len(real)))
+    # choice: an epoch is one pass over the pool; without a pool it has as many steps, of as many images
+    count = len(pool.images) if pool else len(real) * args.variations + args.unlabelled
+    steps = max(1, count // pool_batch(args))
+    size = args.batch_size if pool else args.batch_size + pool_batch(args)
+    loaders = [common.Loader(real, size, accelerator, args.workers, steps * size)]
+    if pool:
+        strong = pool.images.transformed(strong_view)
+        strong.labels = list(range(count))
+        loaders.append(common.Loader(strong, pool_batch(args), accelerator, args.workers, count))
+    return loaders, steps
+
+
 def load_batches(loaders: list[common.Loader], *key: int):
     """Yields the batches of an epoch, by the random seed `key`: views x of real images and their indices,
     views u of the pool's images and their indices. Without a pool u is empty.
@@ -763,24 +783,14 @@ def train(args: Args, run: common.Run, accelerator, data: common.Data, pool: Poo
     heads, names = args.heads if labels == "amst" else 0, data.class_names
     net, model, optimizer = common.new_classifier(args, accelerator, names, lambda net: MultiHead(net, heads))
     weights = args.auxiliary_weight, args.orthogonality_weight, args.consistency_weight if heads else 0.0
-    views, strong_view = make_views(args.image_size, args.augment, heads)
-    real, classes = data.train.transformed(views), torch.tensor(data.train.labels, device=accelerator.device)
-    real.labels = list(range(len(real)))
-    # choice: an epoch is one pass over the pool; without a pool it has as many steps, of as many images
-    count = len(pool.images) if pool else len(real) * args.variations + args.unlabelled
-    steps = max(1, count // pool_batch(args))
-    size = args.batch_size if pool else args.batch_size + pool_batch(args)
-    loaders = [common.Loader(real, size, accelerator, args.workers, steps * size)]
-    if pool:
-        strong = pool.images.transformed(strong_view)
-        strong.labels = list(range(count))
-        loaders.append(common.Loader(strong, pool_batch(args), accelerator, args.workers, count))
+    loaders, steps = make_loaders(args, accelerator, data, pool, heads)
+    classes = torch.tensor(data.train.labels, device=accelerator.device)
 
     for epoch in run.epochs(CLASSIFIERS[labels], args.epochs, model=net, optimizer=optimizer):
         # choice: the pool's images are labelled anew before every epoch, not before every step
         common.seed_everything(accelerator, args.seed, epoch)
         targets, labelled, weak = predict_targets(args, accelerator, model, pool, labels)
-        run.log(images=len(real), pool=len(targets), **label_report(targets, labelled, pool))
+        run.log(images=len(classes), pool=len(targets), **label_report(targets, labelled, pool))
         if labels in ("amst", "head") and epoch in (0, args.epochs // 2, args.epochs - 1):
             run.once(f"votes/{epoch + 1:03d}.pt", inside.votes, args, net, pool)
 

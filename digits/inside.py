@@ -483,25 +483,22 @@ def show_tokens(args, run, pipe, data, records: list[dict], figure) -> None:
 def learn_again(args, run, pipe, names: list[str], images: torch.Tensor, y: int) -> dict[str, torch.Tensor]:
     """The embeddings [d] of class y at some moments of its Textual Inversion, from the `images` of the class.
 
-    At most its first 100 steps are done again: by the run's own draws, so they are the run's own embeddings.
+    The last are the run's. For the others at most its first 100 steps are done again, by the run's own draws.
     """
     import diagen
 
+    last = diagen.read_embeddings(Path(args.embeddings or run.path), names, pipe, args.vectors)[y]
     if args.embeddings:
-        return {"learned": diagen.read_embeddings(Path(args.embeddings), names, pipe, args.vectors)[y]}
-    start, steps = (
-        diagen.initial_embeddings(pipe, [names[y]], args.initializer),
-        min(100, args.inversion_steps),
-    )
+        return {"learned": last}
+    n = min(100, args.inversion_steps)
+    moments = [k for k in sorted({0, n // 4, n // 2, n}) if k < args.inversion_steps]
+    start = diagen.initial_embeddings(pipe, [names[y]], args.initializer)
     start = start[:, None].repeat(1, args.vectors, 1).squeeze(1)
-    options = diagen.inversion_options(args) | {"steps": steps, "keys": [y]}
+    options = diagen.inversion_options(args) | {"steps": moments[-1], "keys": [y]}
     labels, S = torch.zeros(len(images), dtype=torch.long), [start[0]]
     hook = {"on_step": lambda i, t, values: S.append(values["S"][0])}
     diagen.textual_inversion(pipe, images, labels, ["<inside>"], start, **options, **hook)
-    learned = {f"{k} steps": S[k] for k in sorted({0, steps // 4, steps // 2, steps})}
-    if args.inversion_steps > steps:
-        learned[f"{args.inversion_steps}"] = diagen.read_embeddings(run.path, names, pipe, args.vectors)[y]
-    return learned
+    return {f"{k} steps": S[k] for k in moments} | {f"{args.inversion_steps} steps": last}
 
 
 def show_weights(args, synthetic, plain: common.Transform, figure) -> None:
