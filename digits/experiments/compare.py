@@ -198,6 +198,11 @@ def distances(folder: Path, style: float) -> dict[str, float]:
     return judge.distances_to_test(images, data, accelerator)[0]
 
 
+def key_of(folder: Path, name: str) -> str:
+    """The key of a method's run in the file of all numbers; folder: that of the seed's runs."""
+    return f"{folder.name}: {name}"
+
+
 def results_of(
     k: int, images: int, seed: int, folder: Path, store: Path, names: list[str] | None = None, **dials
 ) -> dict[str, dict]:
@@ -209,7 +214,7 @@ def results_of(
     """
     results, comparison = {}, Comparison(k, images, seed, folder, **dials)
     for name in names or (METHODS if images else WITHOUT_IMAGES):
-        key = f"{folder.name}: {name}"
+        key = key_of(folder, name)
         if key not in common.read_file(store, {}):
             scores, synthetic, generation = comparison.run(name)
             numbers = {split: 100 * scores[split]["top1"] for split in ("test", "test_ood")}

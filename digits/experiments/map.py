@@ -47,12 +47,12 @@ class Args:
     results: str = HfArg(default="", help="file of the numbers of all runs; '': results.json in --out")
 
 
-def generator_of(confusion: float, variety: int, out: Path) -> str:
-    """The folder of the generator of these dials, trained if it is missing."""
+def generator_of(confusion: float, variety: int, out: Path, needed: bool) -> str:
+    """The folder of the generator of these dials, trained if it is needed and missing."""
     if (confusion, variety) in MADE:
         return MADE[confusion, variety]
     folder = out / f"sd-p{confusion:g}-v{variety}"
-    if not (folder / "sd" / "model_index.json").exists():
+    if needed and not (folder / "sd" / "model_index.json").exists():
         dials = dict(confusion=confusion, variety=variety, folder=str(folder), out=str(folder / "training"))
         pretrain.main(pretrain.Args(start=common.DIGITS_CLEAN, **dials))
     return str(folder / "sd")
@@ -63,13 +63,15 @@ def gains(args: Args, confusion: float, style: float, variety: int, out: Path) -
 
     Of its images also the share of right digits, and the FID.
     """
-    dials, found = dict(style=style, diffusion=generator_of(confusion, variety, out)), {}
-    store = Path(args.results or out / "results.json")
+    store, found = Path(args.results or out / "results.json"), {}
     for seed in range(args.first_seed, args.first_seed + args.seeds):
+        folder = out / f"p{confusion:g}-g{style:g}-v{variety}-s{seed}"
+        needed = {compare.key_of(folder, name) for name in METHODS} - common.read_file(store, {}).keys()
+        dials = dict(style=style, diffusion=generator_of(confusion, variety, out, bool(needed)))
         # standard augmentation has nothing to do with the generator
         run = (16, args.images, seed, out / f"g{style:g}-s{seed}", store, [compare.BASE])
         base = compare.results_of(*run, **dials)[compare.BASE]
-        run = (16, args.images, seed, out / f"p{confusion:g}-g{style:g}-v{variety}-s{seed}", store, METHODS)
+        run = (16, args.images, seed, folder, store, METHODS)
         for name, result in compare.results_of(*run, **dials).items():
             entry = found.setdefault(name, {})
             for split in ("test", "test_ood"):
@@ -83,26 +85,26 @@ def draw(cells: dict, rows: list, columns: list, path: Path, names: tuple[str, s
     """Draws a heat map of each method's mean gain for each split; cells[row, column]: see gains."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(2.1 * len(METHODS), 5.2), layout="constrained")
-    for axes, (split, method) in zip(
-        figure.subplots(2, len(METHODS)).flat,
-        [(s, m) for s in ("test", "test_ood") for m in METHODS],
-        strict=True,
-    ):
-        values = [[np.mean(cells[r, c][method][split]) for c in columns] for r in rows]
-        limit = 10 if split == "test" else 30
-        axes.imshow(values, cmap="RdBu", vmin=-limit, vmax=limit)
-        for (i, j), value in np.ndenumerate(values):
-            axes.text(j, i, f"{value:+.1f}", ha="center", va="center", fontsize=8)
-        axes.set_title(method, fontsize=8)
-        axes.set_xticks(range(len(columns)), [f"{c:g}" for c in columns])
-        axes.set_yticks(range(len(rows)), [f"{r:g}" for r in rows])
-        axes.set(xlabel=names[1], ylabel=f"{split}: {names[0]}")
+    figure = Figure(figsize=(1.5 * len(METHODS) + 0.6, 4.2), layout="constrained")
+    plots = figure.subplots(2, len(METHODS), sharex=True, sharey=True)
+    for row, (split, limit) in zip(plots, (("test", 8), ("test_ood", 20)), strict=True):
+        for axes, method in zip(row, METHODS, strict=True):
+            values = [[np.mean(cells[r, c][method][split]) for c in columns] for r in rows]
+            axes.imshow(values, cmap="RdBu", vmin=-limit, vmax=limit)
+            for (i, j), value in np.ndenumerate(values):
+                colour = "white" if abs(value) > 0.55 * limit else "black"
+                axes.text(j, i, f"{round(value, 1) + 0.0:+.1f}", ha="center", va="center", fontsize=9, color=colour)
+            axes.set_xticks(range(len(columns)), [f"{c:g}" for c in columns])
+            axes.set_yticks(range(len(rows)), [f"{r:g}" for r in rows])
+        row[0].set_ylabel(f"{split}\n{names[0]}")
+    for top, bottom, method in zip(*plots, METHODS, strict=True):
+        top.set_title(method, fontsize=10)
+        bottom.set_xlabel(names[1])
     figure.savefig(path, dpi=110)
 
 
 def main(args: Args) -> None:
-    out = Path(args.out)
+    (out := Path(args.out)).mkdir(parents=True, exist_ok=True)
     cells = {(p, g): gains(args, p, g, 898, out) for p in args.confusions for g in args.styles}
     row = {("variety", v): gains(args, pretrain.CONFUSION, world.STYLE, v, out) for v in args.varieties}
     draw(cells, args.confusions, args.styles, out / "map.png", ("confusion p", "style g"))
