@@ -93,7 +93,8 @@ def draw(cells: dict, rows: list, columns: list, path: Path, names: tuple[str, s
             axes.imshow(values, cmap="RdBu", vmin=-limit, vmax=limit)
             for (i, j), value in np.ndenumerate(values):
                 colour = "white" if abs(value) > 0.55 * limit else "black"
-                axes.text(j, i, f"{round(value, 1) + 0.0:+.1f}", ha="center", va="center", fontsize=9, color=colour)
+                text = f"{round(value, 1) + 0.0:+.1f}"  # no -0.0
+                axes.text(j, i, text, ha="center", va="center", fontsize=9, color=colour)
             axes.set_xticks(range(len(columns)), [f"{c:g}" for c in columns])
             axes.set_yticks(range(len(rows)), [f"{r:g}" for r in rows])
         row[0].set_ylabel(f"{split}\n{names[0]}")
