@@ -2,7 +2,7 @@
 
     python digits/experiments/sigma_sweep.py [--seed 100]        a few minutes on two cores
 
-Learns a token for each class from four training images, then draws five variations of each of the forty
+Learns a token for each class from eight training images, then draws five variations of each of the eighty
 images for every sigma, in units of the root mean square of the embedding. Prints for each sigma:
     class                the share of variations in which the oracle reads the class
     precision, recall    of the oracle's features against those of 1,800 real test images
