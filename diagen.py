@@ -725,7 +725,10 @@ def learn_tokens(args: Args, run: common.Run, pipe, data: common.Data) -> torch.
         images = torch.stack([real[i][0] for i in members])
         labels = torch.tensor([group.index(real.labels[i]) for i in members])
         names = [tokens[c] for c in group]
-        rows = textual_inversion(pipe, images, labels, names, start[group], keys=group, **options)
+        learning = inside.Learning(start[group], args.inversion_steps)  # for samples/inside.png
+        options |= dict(keys=group, on_step=learning)
+        rows = textual_inversion(pipe, images, labels, names, start[group], **options)
+        learning.keep(group, data, run.path)
         for c, row in zip(group, rows.cpu(), strict=True):
             save_embedding(row, tokens[c], files[c])
     return read_embeddings(run.path, data.class_names, pipe, args.vectors)

@@ -439,7 +439,7 @@ def show_tokens(args, run, pipe, data, records: list[dict], figure) -> None:
     import diagen
 
     real = seen_by(pipe, data.train, args.square)
-    y = real.labels[len(real) // 2]
+    y = shown_class(real)
     name, folder = data.class_names[y], common.class_folders(data.class_names)[y]
     images = stack(real, [i for i, label in enumerate(real.labels) if label == y])
     with torch.no_grad():
@@ -454,7 +454,8 @@ def show_tokens(args, run, pipe, data, records: list[dict], figure) -> None:
             drawn += diagen.img2img(pipe, z.expand(len(part), -1, -1, -1), part, generators, **options).cpu()
         return drawn
 
-    learned = learn_again(args, run, pipe, data.class_names, images, y)
+    last = diagen.read_embeddings(Path(args.embeddings or run.path), data.class_names, pipe, args.vectors)[y]
+    learned = common.read_file(run.path / "embeddings" / "learning.pt", {"learned": last})
     tokens = [f"<inside|{k}>" for k in range(len(learned))]
     with diagen.NewTokens(pipe, tokens, torch.stack([row.to(pipe.device) for row in learned.values()])):
         pass
@@ -480,25 +481,28 @@ def show_tokens(args, run, pipe, data, records: list[dict], figure) -> None:
     axes.set_title("one image under several prompts", fontsize=9)
 
 
-def learn_again(args, run, pipe, names: list[str], images: torch.Tensor, y: int) -> dict[str, torch.Tensor]:
-    """The embeddings [d] of class y at some moments of its Textual Inversion, from the `images` of the class.
+class Learning:
+    """A hook for `diagen.textual_inversion`: keeps the embeddings S* at some moments for the picture."""
 
-    The last are the run's. For the others at most its first 100 steps are done again, by the run's own draws.
-    """
-    import diagen
+    def __init__(self, start: torch.Tensor, steps: int):
+        """start: [T, d], the embeddings before the first of so many steps."""
+        n = min(100, steps)
+        self.moments, self.S = {n // 4, n // 2, n, steps}, {0: start}
 
-    last = diagen.read_embeddings(Path(args.embeddings or run.path), names, pipe, args.vectors)[y]
-    if args.embeddings:
-        return {"learned": last}
-    n = min(100, args.inversion_steps)
-    moments = [k for k in sorted({0, n // 4, n // 2, n}) if k < args.inversion_steps]
-    start = diagen.initial_embeddings(pipe, [names[y]], args.initializer)
-    start = start[:, None].repeat(1, args.vectors, 1).squeeze(1)
-    options = diagen.inversion_options(args) | {"steps": moments[-1], "keys": [y]}
-    labels, S = torch.zeros(len(images), dtype=torch.long), [start[0]]
-    hook = {"on_step": lambda i, t, values: S.append(values["S"][0])}
-    diagen.textual_inversion(pipe, images, labels, ["<inside>"], start, **options, **hook)
-    return {f"{k} steps": S[k] for k in moments} | {f"{args.inversion_steps} steps": last}
+    def __call__(self, i: int, t: torch.Tensor, values: dict) -> None:
+        if i + 1 in self.moments:
+            self.S[i + 1] = values["S"].cpu()
+
+    def keep(self, group: list[int], data, folder: Path) -> None:
+        """Writes the moments of the class that the picture shows, if it is one of the group's."""
+        if (y := shown_class(data.train)) in group:
+            moments = {f"{k} steps": S[group.index(y)].clone() for k, S in self.S.items()}
+            common.write_file(folder / "embeddings" / "learning.pt", moments)
+
+
+def shown_class(real: common.Images) -> int:
+    """The class whose token the picture shows."""
+    return real.labels[len(real) // 2]
 
 
 def show_weights(args, synthetic, plain: common.Transform, figure) -> None:

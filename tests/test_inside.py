@@ -174,7 +174,6 @@ def test_textual_inversions_hook_gives_the_embeddings(pipe, guides):
     rows = diagen.textual_inversion(*call, on_step=lambda i, t, v: learned.append((i, v["S"])), **options)
     assert [i for i, _ in learned] == [0, 1, 2] and torch.equal(learned[-1][1], rows)
     assert torch.equal(rows, diagen.textual_inversion(*call, **options))
-    # the first step of three is that of one, so that the picture may learn again
     assert torch.equal(learned[0][1], diagen.textual_inversion(*call, **options | {"steps": 1}))
 
 
@@ -241,6 +240,29 @@ def test_on_another_runs_images_diagen_draws_the_weights_alone(finished, tmp_pat
     assert in_this_process(diagen, "--no_baseline", **arguments)[0] == 0
     heights = [Image.open(folder / "samples" / "inside.png").height for folder in (source, out)]
     assert heights[1] < 0.5 * heights[0]
+
+
+def test_a_run_keeps_how_the_token_of_its_picture_was_learned(finished):
+    args, folder = diagen.resolve(diagen.Args(**TINY[diagen], seed=0)), finished(diagen)
+    data, learning = common.data_of(args), torch.load(folder / "embeddings" / "learning.pt")
+    names, real = data.class_names, data.train.transformed(data.test.transform)
+    y = inside.shown_class(real)
+    pipe = common.load_pipeline(args.diffusion)
+    assert list(learning) == ["0 steps", "1 steps", "2 steps", "4 steps"]
+    start = diagen.initial_embeddings(pipe, [names[y]], args.initializer)
+    assert torch.equal(learning["0 steps"], start[0])
+    assert torch.equal(learning["4 steps"], diagen.read_embeddings(folder, names, pipe)[y])
+    options = diagen.inversion_options(args) | dict(keys=[y], steps=2)
+    call = (pipe, real[real.labels.index(y)][0][None], torch.zeros(1, dtype=torch.long), ["<again>"], start)
+    again = diagen.textual_inversion(*call, **options)
+    assert torch.allclose(learning["2 steps"], again[0], atol=1e-4) and not torch.equal(again, start)
+
+
+def test_with_another_runs_tokens_the_picture_shows_them_learned(finished, tmp_path):
+    arguments = TINY[diagen] | {"embeddings": finished(diagen), "out": tmp_path / "run"}
+    assert in_this_process(diagen, "--no_baseline", **arguments)[0] == 0
+    assert (tmp_path / "run" / "samples" / "inside.png").exists()
+    assert not (tmp_path / "run" / "embeddings" / "learning.pt").exists()
 
 
 @each_script
