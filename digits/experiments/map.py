@@ -12,9 +12,10 @@ missing are trained by pretrain.py, in twenty minutes of one core each.
 The numbers of all runs are collected in --results; what stands there is not run again. Those of RESULTS.md
 are in map.json beside this script; `--results digits/experiments/map.json` goes on from them. Writes to
 --out: map.png, a heat map of the gain over standard augmentation for each method, and map.md, which also has
-the share of right digits and the FID.
+the share of right digits and the FID. The first heat map is that of label smoothing, which needs no images.
 """
 
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,7 @@ from digits.experiments import compare  # noqa: E402
 
 OTHERS = [*compare.WITHOUT_IMAGES, *(n for n in compare.METHODS if n.endswith(("published", "true labels")))]
 METHODS = [name for name in compare.METHODS if name not in OTHERS]
+SMOOTHING = "label smoothing"  # needs no generator: what a method's gain is worth
 MADE = {(0.0, 898): common.DIGITS_CLEAN, (pretrain.CONFUSION, pretrain.VARIETY): common.DIGITS_SD}
 
 
@@ -68,16 +70,16 @@ def gains(args: Args, confusion: float, style: float, variety: int, out: Path) -
         folder = out / f"p{confusion:g}-g{style:g}-v{variety}-s{seed}"
         needed = {compare.key_of(folder, name) for name in METHODS} - common.read_file(store, {}).keys()
         dials = dict(style=style, diffusion=generator_of(confusion, variety, out, bool(needed)))
-        # standard augmentation has nothing to do with the generator
-        run = (16, args.images, seed, out / f"g{style:g}-s{seed}", store, [compare.BASE])
-        base = compare.results_of(*run, **dials)[compare.BASE]
+        # these have nothing to do with the generator
+        run = (16, args.images, seed, out / f"g{style:g}-s{seed}", store, [compare.BASE, SMOOTHING])
+        base, smoothing = compare.results_of(*run, **dials).values()
         run = (16, args.images, seed, folder, store, METHODS)
-        for name, result in compare.results_of(*run, **dials).items():
+        for name, result in ({SMOOTHING: smoothing} | compare.results_of(*run, **dials)).items():
             entry = found.setdefault(name, {})
             for split in ("test", "test_ood"):
                 entry.setdefault(split, []).append(result[split] - base[split])
             for key in ("oracle", "fid"):
-                entry.setdefault(key, []).append(result[key])
+                entry.setdefault(key, []).append(result.get(key, math.nan))
     return found
 
 
@@ -85,10 +87,11 @@ def draw(cells: dict, rows: list, columns: list, path: Path, names: tuple[str, s
     """Draws a heat map of each method's mean gain for each split; cells[row, column]: see gains."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(1.5 * len(METHODS) + 0.6, 4.2), layout="constrained")
-    plots = figure.subplots(2, len(METHODS), sharex=True, sharey=True)
+    shown = [SMOOTHING, *METHODS]
+    figure = Figure(figsize=(1.5 * len(shown) + 0.6, 4.2), layout="constrained")
+    plots = figure.subplots(2, len(shown), sharex=True, sharey=True)
     for row, (split, limit) in zip(plots, (("test", 8), ("test_ood", 20)), strict=True):
-        for axes, method in zip(row, METHODS, strict=True):
+        for axes, method in zip(row, shown, strict=True):
             values = [[np.mean(cells[r, c][method][split]) for c in columns] for r in rows]
             axes.imshow(values, cmap="RdBu", vmin=-limit, vmax=limit)
             for (i, j), value in np.ndenumerate(values):
@@ -98,7 +101,7 @@ def draw(cells: dict, rows: list, columns: list, path: Path, names: tuple[str, s
             axes.set_xticks(range(len(columns)), [f"{c:g}" for c in columns])
             axes.set_yticks(range(len(rows)), [f"{r:g}" for r in rows])
         row[0].set_ylabel(f"{split}\n{names[0]}")
-    for top, bottom, method in zip(*plots, METHODS, strict=True):
+    for top, bottom, method in zip(*plots, shown, strict=True):
         top.set_title(method, fontsize=10)
         bottom.set_xlabel(names[1])
     figure.savefig(path, dpi=110)
@@ -113,7 +116,7 @@ def main(args: Args) -> None:
     for (r, c), found in (cells | row).items():
         for name, entry in found.items():
             texts = [common.interval_text(entry[split], "+") for split in ("test", "test_ood")]
-            known = [f"{np.mean(entry[key]):.2f}" for key in ("oracle", "fid")]
+            known = [f"{np.mean(entry[key]):.2f}".replace("nan", "") for key in ("oracle", "fid")]
             lines.append(f"| {r} | {c} | {name} | {' | '.join(texts + known)} |")
     common.write_file(out / "map.md", "\n".join(lines) + "\n")
     print("\n".join(lines))
