@@ -726,8 +726,8 @@ def learn_tokens(args: Args, run: common.Run, pipe, data: common.Data) -> torch.
         labels = torch.tensor([group.index(real.labels[i]) for i in members])
         names = [tokens[c] for c in group]
         learning = inside.Learning(start[group], args.inversion_steps)  # for samples/inside.png
-        options |= dict(keys=group, on_step=learning)
-        rows = textual_inversion(pipe, images, labels, names, start[group], **options)
+        hooked = options | dict(keys=group, on_step=learning)
+        rows = textual_inversion(pipe, images, labels, names, start[group], **hooked)
         learning.keep(group, data, run.path)
         for c, row in zip(group, rows.cpu(), strict=True):
             save_embedding(row, tokens[c], files[c])

@@ -482,10 +482,10 @@ def show_tokens(args, run, pipe, data, records: list[dict], figure) -> None:
 
 
 class Learning:
-    """A hook for `diagen.textual_inversion`: keeps the embeddings S* at some moments for the picture."""
+    """A hook for `diagen.textual_inversion`: keeps the embeddings S* (1) after some of its steps."""
 
     def __init__(self, start: torch.Tensor, steps: int):
-        """start: [T, d], the embeddings before the first of so many steps."""
+        """start: [T, d], the embeddings before the first step; steps: how many there will be."""
         n = min(100, steps)
         self.moments, self.S = {n // 4, n // 2, n, steps}, {0: start}
 
@@ -494,7 +494,7 @@ class Learning:
             self.S[i + 1] = values["S"].cpu()
 
     def keep(self, group: list[int], data, folder: Path) -> None:
-        """Writes the moments of the class that the picture shows, if it is one of the group's."""
+        """Writes what it kept of the class that the picture shows, if that class is in the group."""
         if (y := shown_class(data.train)) in group:
             moments = {f"{k} steps": S[group.index(y)].clone() for k, S in self.S.items()}
             common.write_file(folder / "embeddings" / "learning.pt", moments)
