@@ -97,7 +97,7 @@ DIGITS = SD21 | dict(diffusion=common.DIGITS_SD, prompt="a photo of a {}", guida
 DIGITS |= dict(steps=20, guidance_centre=10.0, gradient_steps=5)
 DIGITS |= dict(generation_batch_size=16, attention_resolution=8, nu=0.1, channel_steps=False)
 DIGITS |= dict(images_per_epoch=16, genval_share=0.2, examples_per_class=50, classifier="small_cnn")
-DIGITS |= dict(image_size=32, augment="digits", epochs=40, batch_size=32, eval_every=10, workers=0)
+DIGITS |= dict(image_size=32, augment="digits", epochs=40, batch_size=32, eval_every=20, workers=0)
 DIGITS |= dict(optimizer="adamw", lr=3e-3, weight_decay=0.05)
 
 RECIPES = {name: SMALL for name in common.DATASETS} | {"digits": DIGITS, "eurosat": EUROSAT}
@@ -372,7 +372,7 @@ class NoisePrediction:
     """
 
     def __init__(self, pipe, empty: torch.Tensor, guidance_scale: float, losses: Losses, attention):
-        self.pipe, self.empty = pipe, empty
+        self.pipe, self.empty, self.dtype = pipe, empty, pipe.unet.dtype
         self.scale = max(1.0, guidance_scale)  # as in diffusers, up to 1 the prompt alone counts
         self.losses, self.attention = losses, attention
 
@@ -381,7 +381,7 @@ class NoisePrediction:
         if listen:
             images = images.to(x.device)
             self.attention.heard = (first + torch.arange(len(images), device=x.device), images)
-        output = self.pipe.unet(x.to(self.pipe.unet.dtype), t, text.to(self.pipe.unet.dtype)).sample.float()
+        output = self.pipe.unet(x.to(self.dtype), t, text.to(self.dtype)).sample.float()
         self.attention.heard = None  # gradient checkpointing calls the layers again
         return output
 

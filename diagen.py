@@ -101,7 +101,7 @@ SD14 = dict(
     # noise on the embeddings
     sigmas=[0.0, 0.005, 0.01, 0.025],
     relative_sigma=False,
-    # classifier; its learning rate is constant, and the validation split judges every epoch
+    # classifier; its learning rate is constant
     examples_per_class=4,
     classifier="resnet50",
     pretrained=True,
@@ -148,6 +148,7 @@ RECIPES = {name: SD14 for name in common.DATASETS} | {
         augment="digits",
         epochs=20,
         iterations=30,
+        eval_every=2,
         lr=1e-3,
         workers=0,
     ),
@@ -625,12 +626,13 @@ def draw_epoch(
     variations, which is drawn by `weights` [N, M]. If these are None, no real image is replaced.
     """
     members = common.by_class(labels)
-    drawn = [rng.choice(members[c]) for c in rng.integers(len(members), size=count)]
-    if weights is not None:
-        for j, i in enumerate(drawn):
-            if rng.random() < probability:
-                drawn[j] = len(labels) + i * variations + rng.choice(variations, p=weights[i])
-    return np.array(drawn)
+    sizes = np.array([len(m) for m in members])
+    c = rng.integers(len(members), size=count)
+    drawn = np.concatenate(members)[(sizes.cumsum() - sizes)[c] + rng.integers(sizes[c])]
+    if weights is None:
+        return drawn
+    m = (weights.cumsum(1)[drawn, :-1] <= rng.random((count, 1))).sum(1)  # by the inverse of the distribution
+    return np.where(rng.random(count) < probability, len(labels) + drawn * variations + m, drawn)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -878,7 +880,7 @@ def weigh(args: Args, run: common.Run, data: common.Data, records: list[dict], f
 
 
 def save_pictures(folder: Path, data: common.Data, synthetic: dict[str, Synthetic]) -> None:
-    """Draws real images beside their variations by each method, and the last method's lowest weights."""
+    """Draws real images beside their variations by each method, and the last one's lowest weights, if any."""
 
     def caption(record: dict) -> str:
         return f"{record['prompt']}, {record['weight'] * M:.2f}"
@@ -896,6 +898,8 @@ def save_pictures(folder: Path, data: common.Data, synthetic: dict[str, Syntheti
             captions += [f"{title}: {caption(record)}" for record in variations.records[of_i]]
     common.save_captioned(tiles, captions, folder / "variations.png", columns=1 + sum(shown.values()))
     sources, records = synthetic[last].images.sources, synthetic[last].records
+    if "confidence" not in records[0]:
+        return
     lowest = np.argsort([record["weight"] for record in records], kind="stable")[:12]
     captions = [caption(records[j]) for j in lowest]
     common.save_captioned([sources[j] for j in lowest], captions, folder / "lowest.png", columns=6)
@@ -924,9 +928,10 @@ def train(args: Args, run, accelerator, data: common.Data, synthetic: Synthetic 
         run.log(**common.train_epoch(model, loader, optimizer, lambda _: args.lr, accelerator))
 
         # the epoch that is best on the validation split, by the mean of the classes' accuracies, counts
-        score = common.scores(*common.predict(model, data.val, accelerator, args.workers))
-        run.log(val=score["class_mean"], val_nll=score["nll"])
-        best.update(epoch, score["class_mean"], net)
+        if (epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs:
+            score = common.scores(*common.predict(model, data.val, accelerator, args.workers))
+            run.log(val=score["class_mean"], val_nll=score["nll"])
+            best.update(epoch, score["class_mean"], net)
 
     net.load_state_dict(best.weights)
     scores = common.evaluate(model, data, accelerator, args.workers)
