@@ -67,7 +67,6 @@ class Args(common.RunArgs):
     few_shot: bool | None = HfArg(default=None, help="no gen-val: all training images are guides")
     genval_share: float | None = number("(0, 1)", "share of the training images held out as gen-val")
     # training
-    label_smoothing: float | None = number("[0, 1)", "share of a label that all classes get alike")
     mixup: bool | None = HfArg(default=None, help="mix every batch by MixUp or CutMix")
 
 
@@ -607,14 +606,13 @@ def load_all(args: Args, accelerator, images: common.Images) -> common.Loader:
     return common.Loader(images, args.batch_size, accelerator, args.workers, samples=len(images))
 
 
-def soft_labels(args: Args, batches, classes: int):
-    """Yields the batches (x, y) with labels [B, K], smoothed and, with --mixup, mixed as the images are."""
+def mix_batches(batches, classes: int):
+    """Yields the batches (x, y) mixed by MixUp or CutMix; the labels, now [B, K], are mixed as the images."""
     from torchvision.transforms import v2
 
     mix = v2.RandomChoice([v2.MixUp(alpha=0.2, num_classes=classes), v2.CutMix(num_classes=classes)])
     for x, y in batches:
-        x, y = mix(x, y) if args.mixup else (x, F.one_hot(y, classes))
-        yield x, (1 - args.label_smoothing) * y + args.label_smoothing / classes
+        yield mix(x, y)
 
 
 def train_epoch(
@@ -632,9 +630,8 @@ def train_epoch(
     def learning_rate(batch: int) -> float:
         return args.lr * common.cosine((epoch + min(1, batch / real_batches)) / epochs, args.warmup)
 
-    soft = args.mixup or args.label_smoothing
-    batches = soft_labels(args, loader, classes) if soft else loader
-    losses = common.train_epoch(model, batches, optimizer, learning_rate, accelerator)
+    batches = mix_batches(loader, classes) if args.mixup else loader
+    losses = common.train_epoch(model, batches, optimizer, learning_rate, accelerator, args.label_smoothing)
     return {"images": loader.samples, "synthetic": synthetic} | losses
 
 

@@ -1231,7 +1231,7 @@ class Loader:
             yield self.images.transform.augment(x, u), y
 
 
-def train_epoch(model, loader, optimizer, lr_at, accelerator) -> dict[str, float]:
+def train_epoch(model, loader, optimizer, lr_at, accelerator, label_smoothing=0.0) -> dict[str, float]:
     """Trains for one pass over the loader with cross-entropy. Returns the mean loss and the accuracy.
 
     loader: batches of images and their labels [B], or probabilities [B, K]
@@ -1244,7 +1244,7 @@ def train_epoch(model, loader, optimizer, lr_at, accelerator) -> dict[str, float
             group["lr"] = lr_at(i)
         with accelerator.autocast():
             logits = model(x)
-            loss = F.cross_entropy(logits, y)
+            loss = F.cross_entropy(logits, y, label_smoothing=label_smoothing)
         optimizer.zero_grad(set_to_none=True)
         accelerator.backward(loss)
         optimizer.step()
@@ -1821,6 +1821,7 @@ class RunArgs:
     lr: float | None = number("(0, 100]", "peak learning rate")
     weight_decay: float | None = number("[0, 1]", "weight decay")
     warmup: float | None = number("[0, 1)", "share of the epochs in which the learning rate warms up")
+    label_smoothing: float | None = number("[0, 1)", "share of a label that all classes get alike")
     eval_every: int | None = number("[1, 1e6]", "epochs from one evaluation to the next")
 
 

@@ -115,6 +115,7 @@ SD14 = dict(
     lr=1e-4,
     weight_decay=0.0,
     warmup=0.0,
+    label_smoothing=0.0,
     eval_every=1,
     workers=8,
 )
@@ -924,7 +925,10 @@ def train(args: Args, run, accelerator, data: common.Data, synthetic: Synthetic 
 
         # one epoch on these images
         loader.draw(drawn, args.seed, epoch)
-        run.log(**common.train_epoch(model, loader, optimizer, lambda _: args.lr, accelerator))
+        losses = common.train_epoch(
+            model, loader, optimizer, lambda _: args.lr, accelerator, args.label_smoothing
+        )
+        run.log(**losses)
 
         # the epoch that is best on the validation split, by the mean of the classes' accuracies, counts
         if (epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs:

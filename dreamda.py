@@ -97,6 +97,7 @@ SD15 = dict(
     lr=0.01,
     weight_decay=1e-4,
     warmup=0.05,
+    label_smoothing=0.0,
     eval_every=5,
     workers=8,
     # self-training
@@ -535,7 +536,7 @@ def consistency_loss(logits: torch.Tensor, weak: torch.Tensor) -> torch.Tensor:
 
 
 def self_training_loss(
-    real, y, head, synthetic, targets, labelled, weak, auxiliary, w_a=0.2, w_o=0.1, w_c=1.0
+    real, y, head, synthetic, targets, labelled, weak, auxiliary, w_a=0.2, w_o=0.1, w_c=1.0, smoothing=0.0
 ) -> torch.Tensor:
     """The loss of a batch of B real images x and U synthetic images u.
 
@@ -549,16 +550,18 @@ def self_training_loss(
     targets: classes [U] or probabilities [U, K]; labelled: [U] bools
     weak: the main head's probabilities [U, K] of the weak views
     auxiliary: the weights W_1..W_A [A, K, d]. A and U may be 0.
+    smoothing: label smoothing of the main head's cross-entropies
     """
+    # choice: labels of the auxiliary heads are not smoothed, because their confidence decides
     # choice: each image of a batch is shown to one auxiliary head, in the next step to another. This costs a
     # quarter of (7), which it estimates.
-    loss = F.cross_entropy(real[0, :, 0], y)
+    loss = F.cross_entropy(real[0, :, 0], y, label_smoothing=smoothing)
     if A := len(auxiliary):
         own = real[1, torch.arange(len(y), device=y.device), head]  # W_k f(a_k(x))
         loss = loss + w_a * A * F.cross_entropy(own, y) + w_o * orthogonality_loss(auxiliary)  # (7)
     if len(synthetic):
         main = synthetic[:, 0]
-        supervised = F.cross_entropy(main, targets, reduction="none")
+        supervised = F.cross_entropy(main, targets, reduction="none", label_smoothing=smoothing)
         consistency = w_c * consistency_loss(main, weak) if w_c else 0.0 * supervised
         loss = loss + torch.where(labelled, supervised, consistency).mean()  # (11)
     return loss
@@ -782,7 +785,8 @@ def train(args: Args, run: common.Run, accelerator, data: common.Data, pool: Poo
     """
     heads, names = args.heads if labels == "amst" else 0, data.class_names
     net, model, optimizer = common.new_classifier(args, accelerator, names, lambda net: MultiHead(net, heads))
-    weights = args.auxiliary_weight, args.orthogonality_weight, args.consistency_weight if heads else 0.0
+    weights = dict(w_a=args.auxiliary_weight, w_o=args.orthogonality_weight, smoothing=args.label_smoothing)
+    weights["w_c"] = args.consistency_weight if heads else 0.0
     loaders, steps = make_loaders(args, accelerator, data, pool, heads)
     classes = torch.tensor(data.train.labels, device=accelerator.device)
 
@@ -807,7 +811,7 @@ def train(args: Args, run: common.Run, accelerator, data: common.Data, pool: Poo
                 on_real, on_pool = logits.split([len(logits) - len(u), len(u)])
                 known = on_real.unflatten(0, (len(x), -1)), classes[i], head
                 guessed = on_pool, targets[j], labelled[j], weak[j]
-                loss = self_training_loss(*known, *guessed, net.auxiliary_weights(), *weights)
+                loss = self_training_loss(*known, *guessed, net.auxiliary_weights(), **weights)
             optimizer.zero_grad(set_to_none=True)
             accelerator.backward(loss)
             optimizer.step()

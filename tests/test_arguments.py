@@ -20,6 +20,7 @@ import accelerate.tracking
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -475,6 +476,21 @@ class Notebook(accelerate.tracking.GeneralTracker):
 
     def finish(self):
         self.told[-1]["finished"] = True
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("script", [actgen, dreamda, diagen])
+def test_classifiers_are_trained_with_the_label_smoothing_that_is_asked_for(script, tiny, monkeypatch):
+    used, cross_entropy = set(), F.cross_entropy
+
+    def spy(logits, y, **options):
+        if logits.requires_grad:
+            used.add(options.get("label_smoothing", 0.0))
+        return cross_entropy(logits, y, **options)
+
+    monkeypatch.setattr(F, "cross_entropy", spy)
+    status, _, stderr = in_this_process(script, **tiny(script, real_only=True, label_smoothing=0.25))
+    assert status == 0 and used == {0.25}, stderr
 
 
 @pytest.fixture

@@ -430,9 +430,9 @@ def test_the_training_loss_equals_its_formula():
     labelled, weak = torch.tensor([True, False, True, False]), torch.randn(4, 5).double().softmax(1)
     auxiliary = torch.randn(2, 5, 7).double()
 
-    def cross_entropy(logits, label):
-        p = np.exp(logits.numpy())
-        return -math.log(p[label] / p.sum())
+    def cross_entropy(logits, label, smoothing=0.0):
+        log_p = logits.numpy() - math.log(np.exp(logits.numpy()).sum())
+        return -(1 - smoothing) * log_p[label] - smoothing * log_p.mean()
 
     terms = {
         "main": np.mean([cross_entropy(real[0, b, 0], y[b]) for b in range(4)]),
@@ -447,10 +447,14 @@ def test_the_training_loss_equals_its_formula():
         loss = dreamda.self_training_loss(*known, *guessed, auxiliary, **weights)
         expected = sum(weights.get(name, 1.0) * value for name, value in terms.items())
         assert loss.item() == pytest.approx(expected)
-    plain = dreamda.self_training_loss(
-        real[:1, :, :1], y, head, synthetic[:0], targets[:0], labelled[:0], weak[:0], auxiliary[:0]
-    )
-    assert plain.item() == pytest.approx(terms["main"])
+    plain = (real[:1, :, :1], y, head, synthetic[:0], targets[:0], labelled[:0], weak[:0], auxiliary[:0])
+    assert dreamda.self_training_loss(*plain).item() == pytest.approx(terms["main"])
+    smooth = np.mean([cross_entropy(real[0, b, 0], y[b], 0.3) for b in range(4)])
+    assert dreamda.self_training_loss(*plain, smoothing=0.3).item() == pytest.approx(smooth)
+    # the labels of synthetic images are smoothed, those of the auxiliary heads are not
+    of_pool = sum(cross_entropy(synthetic[u, 0], targets[u], 0.3) for u in (0, 2)) / 4
+    loss = dreamda.self_training_loss(*known, *guessed, auxiliary, 0.7, 0.0, 0.0, smoothing=0.3)
+    assert loss.item() == pytest.approx(smooth + 0.7 * terms["w_a"] + of_pool)
 
 
 @pytest.mark.parametrize("name", ["small_cnn", "resnet18", "vgg16_bn", "vit_small_patch16_224"])

@@ -9,12 +9,13 @@ learns, for about 600 steps of 24 images, by AdamW at a learning rate of 1e-3. A
 synthetic images for each draw of real ones.
 
 CutMix (Yun et al. 2019), label smoothing, RandAugment and smaller batches need no generator: what any user
-would try first. Real Guidance and DA-Fusion run as published and at DIAGen's settings. They, random
-text-to-image, and DreamDA without AMST differ in their images alone. A step takes 8 real images and 16
-synthetic ones, in training without synthetic images 24 real ones. ActGen, DreamDA and DIAGen train as their
-papers say. ActGen is its few-shot variant, and has as many epochs as make about 600 steps of all its images.
-Of DIAGen's 24 images a step two in three are synthetic, and its classifier is the best of 30 epochs on the
-validation split.
+would try first. With --label_smoothing 0.1 all classifiers are trained so, those of the methods as well.
+
+Real Guidance and DA-Fusion run as published and at DIAGen's settings. They, random text-to-image, and DreamDA
+without AMST differ in their images alone. A step takes 8 real images and 16 synthetic ones, in training
+without synthetic images 24 real ones. ActGen, DreamDA and DIAGen train as their papers say. ActGen is its
+few-shot variant, and has as many epochs as make about 600 steps of all its images. Of DIAGen's 24 images a
+step two in three are synthetic, and its classifier is the best of 30 epochs on the validation split.
 
 The seconds in the table are medians. Those of generation leave out Textual Inversion, because DA-Fusion and
 DIAGen share their tokens. A run is kept in --out and never repeated, so the command goes on where it was
@@ -46,6 +47,7 @@ from digits import judge, world  # noqa: E402
 STEPS, REAL, SYNTHETIC = 600, 8, 16  # training steps; real and synthetic images of a batch
 PLAIN, TEXT = "real images alone", "random text-to-image"
 BASE = "standard augmentation"  # gains are differences to its accuracy, seed by seed
+SMOOTHING = "label smoothing"  # needs no generator: what a method's gain is worth
 SHARED = dict(
     dataset="digits", classifier="small_cnn", pretrained=True, optimizer="adamw", lr=1e-3, baseline=False
 )
@@ -61,6 +63,7 @@ class Args:
     first_seed: int = HfArg(default=0, help="the first of the seeds")
     style: float = HfArg(default=world.STYLE, help="the target's style, 0 to 1")
     diffusion: str = HfArg(default=common.DIGITS_SD, help="folder of the generator")
+    label_smoothing: float = common.number("[0, 1)", "label smoothing of all trainings", 0.0)
     out: str = HfArg(default="runs/compare", help="folder of the runs and the tables")
     results: str = HfArg(default="", help="file of the numbers of all runs; '': results.json in --out")
 
@@ -71,8 +74,8 @@ def run(script, out: Path, **arguments) -> dict:
     return list(script.run_once(args, common.make_accelerator()).values())[-1]
 
 
-def train_by_formula(name: str, out: Path, **arguments) -> dict:
-    """The scores of a classifier that is trained on the real images alone, with CutMix or label smoothing."""
+def train_with_cutmix(out: Path, **arguments) -> dict:
+    """The scores of a classifier that is trained on the real images alone, with CutMix."""
     from torchvision.transforms.v2 import CutMix
 
     if not (out / "result.json").exists():
@@ -83,12 +86,10 @@ def train_by_formula(name: str, out: Path, **arguments) -> dict:
         loader = common.Loader(data.train, size, accelerator, samples=STEPS * size).shuffle(args.seed, 0)
         cutmix, clock = CutMix(num_classes=len(data.class_names)), time.time()
         for step, (x, y) in enumerate(loader):
-            if name == "CutMix":
-                x, y = cutmix(x, y)
+            x, y = cutmix(x, y)
             for group in optimizer.param_groups:
                 group["lr"] = args.lr * common.cosine(step / STEPS, args.warmup)
-            smoothing = 0.1 if name == "label smoothing" else 0.0
-            loss = F.cross_entropy(model(x), y, label_smoothing=smoothing)
+            loss = F.cross_entropy(model(x), y, label_smoothing=args.label_smoothing)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -100,7 +101,7 @@ def train_by_formula(name: str, out: Path, **arguments) -> dict:
 class Comparison:
     """The methods on k real images per class and about `images` synthetic ones, in the world of the dials.
 
-    out: folder of the runs; dials: style, diffusion
+    out: folder of the runs; dials: style, diffusion, label_smoothing
 
     A method is called with its name and what to change in its settings. It returns its scores, the folder of
     its synthetic images or None, and the seconds of their generation.
@@ -129,10 +130,10 @@ class Comparison:
             changes |= dict(batch_size=4, synthetic_ratio=1.0, epochs=epochs)
         return run(dreamda, self.out / name, **self.plain | changes, real_only=True), None, 0.0
 
-    def by_formula(self, name: str, **changes):
-        """The same with CutMix or label smoothing."""
+    def cutmix(self, name: str, **changes):
+        """The same with CutMix."""
         torch.manual_seed(self.seed)
-        return train_by_formula(name, self.out / name, **self.plain | changes), None, 0.0
+        return train_with_cutmix(self.out / name, **self.plain | changes), None, 0.0
 
     def img2img(self, name: str, **changes):
         """Methods that differ in their images alone: DIAGen's script makes them, DreamDA's trains on them."""
@@ -175,8 +176,8 @@ METHODS = {  # a method runs after those above it
     BASE: (Comparison.real, {}),
     f"{BASE}, 8 images a step": (Comparison.real, dict(small_batch=True)),
     "RandAugment": (Comparison.real, dict(augment="digits+randaugment")),
-    "CutMix": (Comparison.by_formula, {}),
-    "label smoothing": (Comparison.by_formula, {}),
+    "CutMix": (Comparison.cutmix, {}),
+    SMOOTHING: (Comparison.real, dict(label_smoothing=0.1)),
     TEXT: (Comparison.img2img, dict(method="real_guidance", strength=[1.0])),
     "Real Guidance, as published": (Comparison.img2img, dict(method="real_guidance_published")),
     "Real Guidance": (Comparison.img2img, dict(method="real_guidance")),
@@ -188,7 +189,7 @@ METHODS = {  # a method runs after those above it
     "DreamDA, true labels": (Comparison.dreamda, dict(labels="truth")),  # what the best labels would bring
     "DIAGen": (Comparison.diagen, {}),
 }
-WITHOUT_IMAGES = [name for name, (method, _) in METHODS.items() if method.__name__ in ("real", "by_formula")]
+WITHOUT_IMAGES = [name for name, (method, _) in METHODS.items() if method.__name__ in ("real", "cutmix")]
 
 
 def distances(folder: Path, style: float) -> dict[str, float]:
@@ -233,8 +234,9 @@ def main(args: Args) -> None:
     for k in args.per_class:
         for images in args.images:
             for seed in range(args.first_seed, args.first_seed + args.seeds):
-                folder = out / f"{k}-per-class-{images}-images-s{seed}"
-                dials = dict(style=args.style, diffusion=args.diffusion)
+                smoothed = f"-smoothing{args.label_smoothing:g}" if args.label_smoothing else ""
+                folder = out / f"{k}-per-class-{images}-images{smoothed}-s{seed}"
+                dials = {name: getattr(args, name) for name in ("style", "diffusion", "label_smoothing")}
                 for name, result in results_of(k, images, seed, folder, store, **dials).items():
                     rows.setdefault((k, images, name), []).append(result)
     lines = [line for k in args.per_class for line in table(rows, k, max(args.images))]

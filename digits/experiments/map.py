@@ -31,7 +31,6 @@ from digits.experiments import compare  # noqa: E402
 
 OTHERS = [*compare.WITHOUT_IMAGES, *(n for n in compare.METHODS if n.endswith(("published", "true labels")))]
 METHODS = [name for name in compare.METHODS if name not in OTHERS]
-SMOOTHING = "label smoothing"  # needs no generator: what a method's gain is worth
 MADE = {(0.0, 898): common.DIGITS_CLEAN, (pretrain.CONFUSION, pretrain.VARIETY): common.DIGITS_SD}
 
 
@@ -71,10 +70,10 @@ def gains(args: Args, confusion: float, style: float, variety: int, out: Path) -
         needed = {compare.key_of(folder, name) for name in METHODS} - common.read_file(store, {}).keys()
         dials = dict(style=style, diffusion=generator_of(confusion, variety, out, bool(needed)))
         # these have nothing to do with the generator
-        run = (16, args.images, seed, out / f"g{style:g}-s{seed}", store, [compare.BASE, SMOOTHING])
+        run = (16, args.images, seed, out / f"g{style:g}-s{seed}", store, [compare.BASE, compare.SMOOTHING])
         base, smoothing = compare.results_of(*run, **dials).values()
         run = (16, args.images, seed, folder, store, METHODS)
-        for name, result in ({SMOOTHING: smoothing} | compare.results_of(*run, **dials)).items():
+        for name, result in ({compare.SMOOTHING: smoothing} | compare.results_of(*run, **dials)).items():
             entry = found.setdefault(name, {})
             for split in ("test", "test_ood"):
                 entry.setdefault(split, []).append(result[split] - base[split])
@@ -87,7 +86,7 @@ def draw(cells: dict, rows: list, columns: list, path: Path, names: tuple[str, s
     """Draws a heat map of each method's mean gain for each split; cells[row, column]: see gains."""
     from matplotlib.figure import Figure
 
-    shown = [SMOOTHING, *METHODS]
+    shown = [compare.SMOOTHING, *METHODS]
     figure = Figure(figsize=(1.5 * len(shown) + 0.6, 4.2), layout="constrained")
     plots = figure.subplots(2, len(shown), sharex=True, sharey=True)
     for row, (split, limit) in zip(plots, (("test", 8), ("test_ood", 20)), strict=True):
