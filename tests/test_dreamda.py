@@ -562,10 +562,10 @@ def test_a_step_shows_each_real_image_to_one_auxiliary_head_and_the_steps_to_all
     """So AMST costs 4/3 of training with the sources' labels: 2 B + U images a step instead of B + U."""
     loss, shown, rows = dreamda.self_training_loss, [], []
 
-    def record(real, y, head, synthetic, *others):
+    def record(real, y, head, synthetic, *others, **weights):
         shown.append(head)
         rows.append((real.shape[:2], len(synthetic)))
-        return loss(real, y, head, synthetic, *others)
+        return loss(real, y, head, synthetic, *others, **weights)
 
     monkeypatch.setattr(dreamda, "self_training_loss", record)
     training = dict(epochs=4, eval_every=4, batch_size=8, image_size=16, augment="none", threshold=0.8)
