@@ -493,6 +493,16 @@ def test_classifiers_are_trained_with_the_label_smoothing_that_is_asked_for(scri
     assert status == 0 and used == {0.25}, stderr
 
 
+@pytest.mark.usefixtures("quick")
+def test_diagen_chooses_among_the_epochs_that_are_evaluated_and_the_last(tiny):
+    arguments = tiny(diagen, real_only=True, epochs=5, eval_every=2)
+    status, _, stderr = in_this_process(diagen, **arguments)
+    lines = lines_of(arguments["out"] / "metrics.jsonl")
+    assert status == 0 and [line["epoch"] for line in lines if "val" in line] == [2, 4, 5], stderr
+    (result,) = json.loads((arguments["out"] / "result.json").read_text()).values()
+    assert result["epoch"] in (2, 4, 5)
+
+
 @pytest.fixture
 def notebook(monkeypatch):
     monkeypatch.setattr(Notebook, "told", [])
