@@ -624,3 +624,18 @@ def test_accuracy_in_training_counts_the_greatest_share_of_a_mixed_label():
         model.bias.zero_()
     out = common.train_epoch(model, batches, optimizer, lambda _: 0.0, common.make_accelerator())
     assert out["accuracy"] == 0.5
+
+
+def test_training_smooths_labels_as_torch_does_and_mixed_ones_alike():
+    x, y = torch.randn(16, 5), torch.arange(16) % 5
+    mixed = 0.7 * F.one_hot(y, 5) + 0.3 * F.one_hot(y.flip(0), 5)
+    model = torch.nn.Linear(5, 5)
+    optimizer = torch.optim.SGD(model.parameters(), 0.0)
+
+    def loss_of(labels, smoothing):
+        options = (optimizer, lambda _: 0.0, common.make_accelerator(), smoothing)
+        return common.train_epoch(model, [(x, labels)], *options)["loss"]
+
+    expected = F.cross_entropy(model(x), y, label_smoothing=0.1).item()
+    assert loss_of(y, 0.1) == pytest.approx(expected) != pytest.approx(loss_of(y, 0.0))
+    assert loss_of(mixed, 0.1) == pytest.approx(loss_of(0.9 * mixed + 0.1 / 5, 0.0))
