@@ -676,7 +676,7 @@ def train(args: Args, run: common.Run, accelerator, data: common.Data, pipe) -> 
             loader = load_all(args, accelerator, (data.train if epoch >= half else real) + synthetic.images)
         training = (loader, len(names), len(synthetic.images), epoch, args.epochs)
         run.log(**train_epoch(args, accelerator, model, optimizer, *training))
-        if (epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs:
+        if common.to_evaluate(epoch, args.epochs, args.eval_every):
             run.log_scores(common.evaluate(net, data, accelerator, args.workers))
     inside.show_actgen(args, run, pipe, net, gen_val, names)
     generation = run.seconds.get("generating", 0.0)
@@ -698,7 +698,7 @@ def train_on_real(args: Args, run: common.Run, accelerator, data: common.Data) -
     for epoch in run.epochs("real only", epochs, model=net, optimizer=optimizer):
         training = (loader, len(data.class_names), 0, epoch, epochs)
         run.log(**train_epoch(args, accelerator, model, optimizer, *training))
-        if (epoch + 1) % args.eval_every == 0 or epoch + 1 == epochs:
+        if common.to_evaluate(epoch, epochs, args.eval_every):
             run.log_scores(common.evaluate(net, data, accelerator, args.workers))
     return run.outcome("real only") | {"synthetic": 0}
 

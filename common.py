@@ -1236,6 +1236,7 @@ def train_epoch(model, loader, optimizer, lr_at, accelerator, label_smoothing=0.
 
     loader: batches of images and their labels [B], or probabilities [B, K]
     lr_at(i): the learning rate of batch i
+    label_smoothing: the share of a label, or of its probabilities, that all classes get alike
     """
     model.train()
     total, loss_sum, correct = 0, torch.zeros((), device=accelerator.device), 0
@@ -1253,6 +1254,11 @@ def train_epoch(model, loader, optimizer, lr_at, accelerator, label_smoothing=0.
         correct += (logits.detach().argmax(1) == (y if y.ndim == 1 else y.argmax(1))).sum()
     share_buffers(accelerator, model)
     return {"loss": finite(loss_sum) / total, "accuracy": float(correct) / total}
+
+
+def to_evaluate(epoch: int, epochs: int, every: int) -> bool:
+    """Whether a classifier is evaluated after this epoch: after every `every` epochs, and after the last."""
+    return (epoch + 1) % every == 0 or epoch + 1 == epochs
 
 
 def finite(loss: torch.Tensor) -> float:

@@ -628,11 +628,12 @@ def draw_epoch(
     """
     members = common.by_class(labels)
     sizes = np.array([len(m) for m in members])
-    c = rng.integers(len(members), size=count)
+    c = rng.integers(len(members), size=count)  # a class, then one of its images
     drawn = np.concatenate(members)[(sizes.cumsum() - sizes)[c] + rng.integers(sizes[c])]
     if weights is None:
         return drawn
-    m = (weights.cumsum(1)[drawn, :-1] <= rng.random((count, 1))).sum(1)  # by the inverse of the distribution
+    # a variation m by its weight: as many of the cumulated weights are below a uniform random number
+    m = (weights.cumsum(1)[drawn, :-1] <= rng.random((count, 1))).sum(1)
     return np.where(rng.random(count) < probability, len(labels) + drawn * variations + m, drawn)
 
 
@@ -932,7 +933,7 @@ def train(args: Args, run, accelerator, data: common.Data, synthetic: Synthetic 
         run.log(**losses)
 
         # the epoch that is best on the validation split, by the mean of the classes' accuracies, counts
-        if (epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs:
+        if common.to_evaluate(epoch, args.epochs, args.eval_every):
             score = common.scores(*common.predict(model, data.val, accelerator, args.workers))
             run.log(val=score["class_mean"], val_nll=score["nll"])
             best.update(epoch, score["class_mean"], net)

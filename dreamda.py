@@ -552,12 +552,12 @@ def self_training_loss(
     auxiliary: the weights W_1..W_A [A, K, d]. A and U may be 0.
     smoothing: label smoothing of the main head's cross-entropies
     """
-    # choice: labels of the auxiliary heads are not smoothed, because their confidence decides
     # choice: each image of a batch is shown to one auxiliary head, in the next step to another. This costs a
     # quarter of (7), which it estimates.
     loss = F.cross_entropy(real[0, :, 0], y, label_smoothing=smoothing)
     if A := len(auxiliary):
         own = real[1, torch.arange(len(y), device=y.device), head]  # W_k f(a_k(x))
+        # choice: the auxiliary heads' labels are not smoothed, because their confidence decides in (9)
         loss = loss + w_a * A * F.cross_entropy(own, y) + w_o * orthogonality_loss(auxiliary)  # (7)
     if len(synthetic):
         main = synthetic[:, 0]
@@ -785,8 +785,12 @@ def train(args: Args, run: common.Run, accelerator, data: common.Data, pool: Poo
     """
     heads, names = args.heads if labels == "amst" else 0, data.class_names
     net, model, optimizer = common.new_classifier(args, accelerator, names, lambda net: MultiHead(net, heads))
-    weights = dict(w_a=args.auxiliary_weight, w_o=args.orthogonality_weight, smoothing=args.label_smoothing)
-    weights["w_c"] = args.consistency_weight if heads else 0.0
+    weights = dict(
+        w_a=args.auxiliary_weight,
+        w_o=args.orthogonality_weight,
+        w_c=args.consistency_weight if heads else 0.0,
+        smoothing=args.label_smoothing,
+    )
     loaders, steps = make_loaders(args, accelerator, data, pool, heads)
     classes = torch.tensor(data.train.labels, device=accelerator.device)
 
@@ -820,7 +824,7 @@ def train(args: Args, run: common.Run, accelerator, data: common.Data, pool: Poo
         run.log(loss=common.finite(total) / steps)
         if heads:
             run.log(orthogonality=orthogonality_loss(net.auxiliary_weights()).item())
-        if (epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs:
+        if common.to_evaluate(epoch, args.epochs, args.eval_every):
             run.log_scores(common.evaluate(model, data, accelerator, args.workers))
     return run.outcome(CLASSIFIERS[labels]), *predict_targets(args, accelerator, model, pool, labels)[:2]
 
