@@ -75,7 +75,8 @@ SD21 |= dict(guidance_scale=15.0, generation_batch_size=8, guidance_centre=12.5,
 SD21 |= dict(nu=0.05, channel_steps=True)  # as released: 32 times the paper's step, which bf16 hardly sees
 SD21 |= dict(gradient_steps=10, images_per_epoch=64, few_shot=False, genval_share=0.1)
 SD21 |= dict(examples_per_class=0, classifier="resnet50", pretrained=False, image_size=224, augment="resized")
-SD21 |= dict(optimizer="sgd", lr=0.1, weight_decay=1e-4, warmup=0.0, label_smoothing=0.0, mixup=False)
+SD21 |= dict(optimizer="sgd", lr=0.1, head_lr=1.0, weight_decay=1e-4, warmup=0.0)
+SD21 |= dict(label_smoothing=0.0, mixup=False)
 SD21 |= dict(eval_every=1, workers=8)
 
 CIFAR = SD21 | dict(image_size=32, augment="crop", epochs=300, batch_size=128)

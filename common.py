@@ -1053,13 +1053,29 @@ def generator(*key: int) -> torch.Generator:
 # Training
 
 
-def make_optimizer(name: str, model: nn.Module, lr: float, weight_decay: float) -> torch.optim.Optimizer:
-    """ "sgd" (momentum 0.9), "adam" or "adamw" over the parameters that require a gradient."""
+def make_optimizer(
+    name: str, model: nn.Module, lr: float, weight_decay: float, head_lr: float = 1.0
+) -> torch.optim.Optimizer:
+    """ "sgd" (momentum 0.9), "adam" or "adamw" over the parameters that require a gradient.
+
+    head_lr: the learning rate of the last linear layer, in multiples of lr; set_lr keeps to it
+    """
     kinds = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
     check_choice("optimizer", name, kinds)
     options = {"momentum": 0.9} if name == "sgd" else {}
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    return kinds[name](parameters, lr, weight_decay=weight_decay, **options)
+    head = {*last_linear(model)[1].parameters()}
+    parts = [p for p in model.parameters() if p not in head], [*head]
+    groups = [
+        {"params": [p for p in part if p.requires_grad], "lr": factor * lr, "factor": factor}
+        for part, factor in zip(parts, (1.0, head_lr), strict=True)
+    ]
+    return kinds[name]([group for group in groups if group["params"]], weight_decay=weight_decay, **options)
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Sets the learning rate of the backbone, and in proportion that of the last layer; see make_optimizer."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["factor"]
 
 
 def new_classifier(args, accelerator, class_names: list[str], wrap=lambda net: net):
@@ -1070,7 +1086,7 @@ def new_classifier(args, accelerator, class_names: list[str], wrap=lambda net: n
     torch.manual_seed(args.seed)
     net = wrap(build_classifier(args.classifier, class_names, args.image_size, args.pretrained, args.clip))
     net = net.to(memory_format=torch.channels_last)  # faster convolutions
-    optimizer = make_optimizer(args.optimizer, net, args.lr, args.weight_decay)
+    optimizer = make_optimizer(args.optimizer, net, args.lr, args.weight_decay, args.head_lr)
     return net, *accelerator.prepare(net, optimizer)
 
 
@@ -1241,8 +1257,7 @@ def train_epoch(model, loader, optimizer, lr_at, accelerator, label_smoothing=0.
     model.train()
     total, loss_sum, correct = 0, torch.zeros((), device=accelerator.device), 0
     for i, (x, y) in enumerate(loader):
-        for group in optimizer.param_groups:
-            group["lr"] = lr_at(i)
+        set_lr(optimizer, lr_at(i))
         with accelerator.autocast():
             logits = model(x)
             loss = F.cross_entropy(logits, y, label_smoothing=label_smoothing)
@@ -1825,6 +1840,7 @@ class RunArgs:
     batch_size: int | None = number("[1, 1e6]", "real images in a training batch, over all GPUs")
     optimizer: str | None = HfArg(default=None, help="sgd, adam or adamw")
     lr: float | None = number("(0, 100]", "peak learning rate")
+    head_lr: float | None = number("(0, 1000]", "learning rate of the last layer, in multiples of --lr")
     weight_decay: float | None = number("[0, 1]", "weight decay")
     warmup: float | None = number("[0, 1)", "share of the epochs in which the learning rate warms up")
     label_smoothing: float | None = number("[0, 1)", "share of a label that all classes get alike")

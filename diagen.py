@@ -113,6 +113,7 @@ SD14 = dict(
     batch_size=32,
     optimizer="adam",
     lr=1e-4,
+    head_lr=1.0,
     weight_decay=0.0,
     warmup=0.0,
     label_smoothing=0.0,

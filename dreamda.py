@@ -95,6 +95,7 @@ SD15 = dict(
     batch_size=32,  # real images; synthetic_ratio times as many synthetic ones come with them
     optimizer="sgd",
     lr=0.01,
+    head_lr=1.0,
     weight_decay=1e-4,
     warmup=0.05,
     label_smoothing=0.0,
@@ -131,6 +132,7 @@ RECIPES = {name: SD15 for name in common.DATASETS} | {
         batch_size=8,
         optimizer="adamw",
         lr=1e-3,
+        head_lr=16.0,  # the heads are new, and AMST's have to label the pool within the first epochs
         weight_decay=0.05,
         workers=0,
         # self-training
@@ -806,8 +808,8 @@ def train(args: Args, run: common.Run, accelerator, data: common.Data, pool: Poo
         model.train()
         total = 0.0
         for step, (x, i, u, j) in enumerate(load_batches(loaders, args.seed, epoch)):
-            for group in optimizer.param_groups:
-                group["lr"] = args.lr * common.cosine((epoch + step / steps) / args.epochs, args.warmup)
+            progress = (epoch + step / steps) / args.epochs
+            common.set_lr(optimizer, args.lr * common.cosine(progress, args.warmup))
             head = 1 + (i + step) % max(1, heads)  # every image has its turn with every head
             x = [x[:, 0], x[torch.arange(len(i), device=i.device), head]] if heads else [x[:, 0]]
             with accelerator.autocast():

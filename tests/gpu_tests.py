@@ -295,7 +295,7 @@ def test_textual_inversions_waits_do_not_grow_with_the_tokens(sources):
 def new_training(accelerator, data, optimizer="adamw"):
     """A small classifier with its optimizer, and a function that trains it for an epoch."""
     args = SimpleNamespace(classifier="small_cnn", pretrained=True, image_size=32, clip="", seed=0)
-    args.optimizer, args.lr, args.weight_decay = optimizer, 1e-3, 0.05
+    args.optimizer, args.lr, args.weight_decay, args.head_lr = optimizer, 1e-3, 0.05, 1.0
     net, model, optimizer = common.new_classifier(args, accelerator, data.class_names)
 
     def train(epoch: int, images=16):

@@ -82,6 +82,7 @@ def tiny_in(tmp_path):
 REFUSED = {  # values that no run can mean, for every script that has the argument
     "--lr": "nan inf -1 0 1e9",
     "--weight_decay": "nan inf -0.1",
+    "--head_lr": "nan inf 0 -1",
     "--warmup": "nan -0.1 1 7",
     "--guidance_scale": "nan inf -inf -1 1e9",
     "--image_size": "0 -32 1 100000000",

@@ -1,5 +1,6 @@
 """Data sets in their real file formats, classifiers, scores, pipelines, run folders and the command line."""
 
+import copy
 import errno
 import gc
 import itertools
@@ -10,6 +11,7 @@ import pickle
 import re
 import sys
 import warnings
+from functools import partial
 from hashlib import md5
 from pathlib import Path
 from types import SimpleNamespace
@@ -247,6 +249,33 @@ def test_the_learning_rate_is_torchs_cosine_and_warms_up_linearly():
         optimizer.step()
         schedule.step()
     assert [common.cosine(p, 0.2) for p in (0, 0.1, 0.2, 0.6, 1)] == pytest.approx([0, 0.5, 1, 0.5, 0])
+
+
+@pytest.mark.parametrize("name", ["sgd", "adam", "adamw"])
+def test_the_last_layer_learns_at_its_own_rate(name):
+    """Compared with torch's optimizers of the two parts, each with its rate; at 1, with one of the whole."""
+    kinds = {"sgd": partial(torch.optim.SGD, momentum=0.9), "adam": torch.optim.Adam}
+    kind = kinds.get(name, torch.optim.AdamW)
+    x = torch.randn(16, 5, generator=common.generator(0))
+    for head_lr in (1.0, 16.0):
+        torch.manual_seed(0)
+        net = torch.nn.Sequential(torch.nn.Linear(5, 4), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 3))
+        net[0].bias.requires_grad_(False)
+        twin = copy.deepcopy(net)
+        optimizer = common.make_optimizer(name, net, 0.1, 0.05, head_lr)
+        body, head = [p for p in twin[:2].parameters() if p.requires_grad], [*twin[2].parameters()]
+        parts = [body + head] if head_lr == 1 else [body, head]
+        references = [kind(part, 0.1, weight_decay=0.05) for part in parts]
+        for lr in (0.01, 0.02, 0.01):
+            common.set_lr(optimizer, lr)
+            for reference, factor in zip(references, (1.0, head_lr), strict=False):
+                reference.param_groups[0]["lr"] = lr * factor
+            for model, used in ((net, [optimizer]), (twin, references)):
+                model.zero_grad()
+                model(x).square().sum().backward()
+                for each in used:
+                    each.step()
+        assert all(map(torch.equal, net.state_dict().values(), twin.state_dict().values()))
 
 
 def test_averaged_weights_follow_the_model_at_decay_0_and_lag_otherwise():

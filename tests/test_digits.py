@@ -537,13 +537,15 @@ def test_every_method_trains_for_about_600_steps_on_as_many_images(k, images, tm
     for script in (actgen, diagen, dreamda):
         monkeypatch.setattr(script, "run_once", record)
     monkeypatch.setattr(compare, "train_with_cutmix", lambda *args, **arguments: {"training": 1.0})
-    comparison = compare.Comparison(k, images, 0, tmp_path, label_smoothing=0.2)
+    comparison = compare.Comparison(k, images, 0, tmp_path, label_smoothing=0.2, head_lr=4.0)
     for name in compare.METHODS:
         assert comparison.run(name)[0]["training"] == 1.0
     names = [name for name in compare.METHODS if name in runs]
-    assert len(names) == 15 and {*compare.METHODS} - {*names} == {"CutMix"}
+    assert len(names) == 16 and {*compare.METHODS} - {*names} == {"CutMix"}
     smoothing = {name: runs[name].label_smoothing for name in names}
     assert smoothing == dict.fromkeys(names, 0.2) | {compare.SMOOTHING: 0.1}
+    head = {name: runs[name].head_lr for name in names}
+    assert head == dict.fromkeys(names, 4.0) | {compare.HEAD: 16.0}
     assert names[:2] == compare.WITHOUT_IMAGES[:2] == [compare.PLAIN, compare.BASE]
     assert all((args.examples_per_class, args.seed) == (k, 0) for args in runs.values())
     for name in names:

@@ -9,7 +9,8 @@ learns, for about 600 steps of 24 images, by AdamW at a learning rate of 1e-3. A
 synthetic images for each draw of real ones.
 
 CutMix (Yun et al. 2019), label smoothing, RandAugment and smaller batches need no generator: what any user
-would try first. With --label_smoothing 0.1 all classifiers are trained so, those of the methods as well.
+would try first. With --label_smoothing 0.1 or --head_lr 16 all classifiers are trained so, those of the methods
+as well.
 
 Real Guidance and DA-Fusion run as published and at DIAGen's settings. They, random text-to-image, and DreamDA
 without AMST differ in their images alone. A step takes 8 real images and 16 synthetic ones, in training
@@ -47,10 +48,9 @@ from digits import judge, world  # noqa: E402
 STEPS, REAL, SYNTHETIC = 600, 8, 16  # training steps; real and synthetic images of a batch
 PLAIN, TEXT = "real images alone", "random text-to-image"
 BASE = "standard augmentation"  # gains are differences to its accuracy, seed by seed
-SMOOTHING = "label smoothing"  # needs no generator: what a method's gain is worth
-SHARED = dict(
-    dataset="digits", classifier="small_cnn", pretrained=True, optimizer="adamw", lr=1e-3, baseline=False
-)
+SMOOTHING, HEAD = "label smoothing", "faster last layer"  # need no generator: what a method's gain is worth
+SHARED = dict(dataset="digits", classifier="small_cnn", pretrained=True, baseline=False)
+SHARED |= dict(optimizer="adamw", lr=1e-3, head_lr=1.0)
 
 
 @dataclass
@@ -64,6 +64,7 @@ class Args:
     style: float = HfArg(default=world.STYLE, help="the target's style, 0 to 1")
     diffusion: str = HfArg(default=common.DIGITS_SD, help="folder of the generator")
     label_smoothing: float = common.number("[0, 1)", "label smoothing of all trainings", 0.0)
+    head_lr: float = common.number("(0, 1000]", "learning rate of all last layers, in multiples of --lr", 1.0)
     out: str = HfArg(default="runs/compare", help="folder of the runs and the tables")
     results: str = HfArg(default="", help="file of the numbers of all runs; '': results.json in --out")
 
@@ -87,8 +88,7 @@ def train_with_cutmix(out: Path, **arguments) -> dict:
         cutmix, clock = CutMix(num_classes=len(data.class_names)), time.time()
         for step, (x, y) in enumerate(loader):
             x, y = cutmix(x, y)
-            for group in optimizer.param_groups:
-                group["lr"] = args.lr * common.cosine(step / STEPS, args.warmup)
+            common.set_lr(optimizer, args.lr * common.cosine(step / STEPS, args.warmup))
             loss = F.cross_entropy(model(x), y, label_smoothing=args.label_smoothing)
             optimizer.zero_grad()
             loss.backward()
@@ -101,7 +101,7 @@ def train_with_cutmix(out: Path, **arguments) -> dict:
 class Comparison:
     """The methods on k real images per class and about `images` synthetic ones, in the world of the dials.
 
-    out: folder of the runs; dials: style, diffusion, label_smoothing
+    out: folder of the runs; dials: style, diffusion, label_smoothing, head_lr
 
     A method is called with its name and what to change in its settings. It returns its scores, the folder of
     its synthetic images or None, and the seconds of their generation.
@@ -178,6 +178,7 @@ METHODS = {  # a method runs after those above it
     "RandAugment": (Comparison.real, dict(augment="digits+randaugment")),
     "CutMix": (Comparison.cutmix, {}),
     SMOOTHING: (Comparison.real, dict(label_smoothing=0.1)),
+    HEAD: (Comparison.real, dict(head_lr=16.0)),
     TEXT: (Comparison.img2img, dict(method="real_guidance", strength=[1.0])),
     "Real Guidance, as published": (Comparison.img2img, dict(method="real_guidance_published")),
     "Real Guidance": (Comparison.img2img, dict(method="real_guidance")),
@@ -234,9 +235,11 @@ def main(args: Args) -> None:
     for k in args.per_class:
         for images in args.images:
             for seed in range(args.first_seed, args.first_seed + args.seeds):
-                smoothed = f"-smoothing{args.label_smoothing:g}" if args.label_smoothing else ""
-                folder = out / f"{k}-per-class-{images}-images{smoothed}-s{seed}"
-                dials = {name: getattr(args, name) for name in ("style", "diffusion", "label_smoothing")}
+                trained = f"-smoothing{args.label_smoothing:g}" if args.label_smoothing else ""
+                trained += f"-head{args.head_lr:g}" if args.head_lr != 1 else ""
+                folder = out / f"{k}-per-class-{images}-images{trained}-s{seed}"
+                dials = ("style", "diffusion", "label_smoothing", "head_lr")
+                dials = {name: getattr(args, name) for name in dials}
                 for name, result in results_of(k, images, seed, folder, store, **dials).items():
                     rows.setdefault((k, images, name), []).append(result)
     lines = [line for k in args.per_class for line in table(rows, k, max(args.images))]
