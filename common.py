@@ -1073,7 +1073,7 @@ def make_optimizer(
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Sets the learning rate of the backbone, and in proportion that of the last layer; see make_optimizer."""
+    """Sets the learning rate; that of the last layer in proportion, see make_optimizer."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group["factor"]
 

@@ -8,9 +8,9 @@ Every classifier is the small CNN with the weights that digits/pretrain.py learn
 learns, for about 600 steps of 24 images, by AdamW at a learning rate of 1e-3. A method makes --images
 synthetic images for each draw of real ones.
 
-CutMix (Yun et al. 2019), label smoothing, RandAugment and smaller batches need no generator: what any user
-would try first. With --label_smoothing 0.1 or --head_lr 16 all classifiers are trained so, those of the methods
-as well.
+CutMix (Yun et al. 2019), label smoothing, a last layer that learns faster, RandAugment and smaller batches
+need no generator: what any user would try first. With --label_smoothing 0.1 or --head_lr 16 all classifiers
+are trained so, those of the methods as well.
 
 Real Guidance and DA-Fusion run as published and at DIAGen's settings. They, random text-to-image, and DreamDA
 without AMST differ in their images alone. A step takes 8 real images and 16 synthetic ones, in training
