@@ -491,18 +491,19 @@ HEAD_AUGMENTATIONS = {
 
 
 def all_views(x: torch.Tensor, u: torch.Tensor, heads: int) -> torch.Tensor:
-    """The views [B, 1 + heads, 3, H, W] of each image: x itself and a_1(x)..a_A(x); u: [B, 5 heads]."""
+    """The heads' views a_1(x)..a_A(x) of each image, [B, heads, 3, H, W]; u: [B, 5 heads]."""
     own = zip(u.split(5, 1), itertools.cycle(HEAD_AUGMENTATIONS.values()), strict=False)
-    views = [augmentation(x, numbers[:, :n]) for numbers, (augmentation, n) in own] if heads else []
-    return torch.stack([x, *views], 1)
+    return torch.stack([augmentation(x, numbers[:, :n]) for numbers, (augmentation, n) in own], 1)
 
 
 def make_views(size: int, augment: str, heads: int) -> tuple[common.Transform, common.Transform]:
-    """The transforms of real images x to their views, the standard one and a_1(x)..a_A(x), and of the pool's
-    images u to strong(u). A fifth head has the first one's augmentation.
+    """The transforms of real images x to a_1(x)..a_A(x), and of the pool's images u to strong(u).
+
+    A fifth head has the first one's augmentation. Without heads a real image has its standard view alone.
     """
     real, strong = (common.make_transforms(size, augment)[0] for _ in range(2))
-    real.steps.append((partial(all_views, heads=heads), 5 * heads))
+    if heads:
+        real.steps.append((partial(all_views, heads=heads), 5 * heads))
     # choice: geometry, colour and erased patches together
     strong.steps += [HEAD_AUGMENTATIONS[name] for name in ("geometry", "colour", "erase")]
     return real, strong
@@ -543,10 +544,10 @@ def self_training_loss(
     """The loss of a batch of B real images x and U synthetic images u.
 
         (7)   L_aux = sum_k CE(W_k f(a_k(x)), y)
-        (11)  L     = CE(W_0 f(x), y) + w_a L_aux + w_o L_orth
+        (11)  L     = CE(W_0 f(a_k(x)), y) + w_a L_aux + w_o L_orth
                       + mean over u of CE(W_0 f(strong(u)), y^(u)) if u is labelled, else w_c L_cons
 
-    real: logits [2, B, 1 + A, K] by every head, of the standard view of each image and of a_k(x); y: [B]
+    real: logits [B, 1 + A, K] by every head, of a_k(x), without auxiliary heads of x; y: [B]
     head: [B], the k of each image, 1 to A
     synthetic: logits [U, 1 + A, K] of the strong views
     targets: classes [U] or probabilities [U, K]; labelled: [U] bools
@@ -554,11 +555,11 @@ def self_training_loss(
     auxiliary: the weights W_1..W_A [A, K, d]. A and U may be 0.
     smoothing: label smoothing of the main head's cross-entropies
     """
-    # choice: each image of a batch is shown to one auxiliary head, in the next step to another. This costs a
-    # quarter of (7), which it estimates.
-    loss = F.cross_entropy(real[0, :, 0], y, label_smoothing=smoothing)
+    # choice: each image of a batch is shown to one auxiliary head, in the next step to another, and the main
+    # head learns from the same view. So (7) is estimated, and AMST needs no more images than other labels do.
+    loss = F.cross_entropy(real[:, 0], y, label_smoothing=smoothing)
     if A := len(auxiliary):
-        own = real[1, torch.arange(len(y), device=y.device), head]  # W_k f(a_k(x))
+        own = real[torch.arange(len(y), device=y.device), head]  # W_k f(a_k(x))
         # choice: the auxiliary heads' labels are not smoothed, because their confidence decides in (9)
         loss = loss + w_a * A * F.cross_entropy(own, y) + w_o * orthogonality_loss(auxiliary)  # (7)
     if len(synthetic):
@@ -761,12 +762,12 @@ def make_loaders(args: Args, accelerator, data: common.Data, pool: Pool | None, 
 
 
 def load_batches(loaders: list[common.Loader], *key: int):
-    """Yields the batches of an epoch, by the random seed `key`: views x of real images and their indices,
-    views u of the pool's images and their indices. Without a pool u is empty.
+    """Yields the batches of an epoch, by the random seed `key`: real images x, or all their views, and their
+    indices, views u of the pool's images and their indices. Without a pool u is empty.
     """
     shuffled = [loader.shuffle(*key, i) for i, loader in enumerate(loaders)]
     for (x, i), *of_pool in zip(*shuffled, strict=True):
-        yield x, i, *(of_pool[0] if of_pool else (x[:0, 0], i[:0]))
+        yield x, i, *(of_pool[0] if of_pool else (x[:0], i[:0]))
 
 
 CLASSIFIERS = {  # the names in reports of classifiers that are trained on real images and these labels
@@ -811,12 +812,11 @@ def train(args: Args, run: common.Run, accelerator, data: common.Data, pool: Poo
             progress = (epoch + step / steps) / args.epochs
             common.set_lr(optimizer, args.lr * common.cosine(progress, args.warmup))
             head = 1 + (i + step) % max(1, heads)  # every image has its turn with every head
-            x = [x[:, 0], x[torch.arange(len(i), device=i.device), head]] if heads else [x[:, 0]]
+            if heads:
+                x = x[torch.arange(len(i), device=i.device), head - 1]
             with accelerator.autocast():
-                logits = model(torch.cat([*x, u])).float()
-                on_real, on_pool = logits.split([len(logits) - len(u), len(u)])
-                known = on_real.unflatten(0, (len(x), -1)), classes[i], head
-                guessed = on_pool, targets[j], labelled[j], weak[j]
+                on_real, on_pool = model(torch.cat([x, u])).float().split([len(x), len(u)])
+                known, guessed = (on_real, classes[i], head), (on_pool, targets[j], labelled[j], weak[j])
                 loss = self_training_loss(*known, *guessed, net.auxiliary_weights(), **weights)
             optimizer.zero_grad(set_to_none=True)
             accelerator.backward(loss)

@@ -424,7 +424,7 @@ def test_targets_by_every_kind_of_label():
 
 def test_the_training_loss_equals_its_formula():
     """2 auxiliary heads, 4 real and 4 synthetic images of 5 classes, every term from its definition."""
-    real, synthetic = torch.randn(2, 4, 3, 5).double(), torch.randn(4, 3, 5).double()
+    real, synthetic = torch.randn(4, 3, 5).double(), torch.randn(4, 3, 5).double()
     head, seen = torch.tensor([1, 2, 2, 1]), {1: (0, 3), 2: (1, 2)}  # which images each head sees
     y, targets = torch.tensor([0, 4, 2, 2]), torch.tensor([1, 0, 3, 3])
     labelled, weak = torch.tensor([True, False, True, False]), torch.randn(4, 5).double().softmax(1)
@@ -435,8 +435,8 @@ def test_the_training_loss_equals_its_formula():
         return -(1 - smoothing) * log_p[label] - smoothing * log_p.mean()
 
     terms = {
-        "main": np.mean([cross_entropy(real[0, b, 0], y[b]) for b in range(4)]),
-        "w_a": sum(np.mean([cross_entropy(real[1, b, k], y[b]) for b in seen[k]]) for k in (1, 2)),
+        "main": np.mean([cross_entropy(real[b, 0], y[b]) for b in range(4)]),
+        "w_a": sum(np.mean([cross_entropy(real[b, k], y[b]) for b in seen[k]]) for k in (1, 2)),
         "w_o": dreamda.orthogonality_loss(auxiliary).item(),
         "labelled": sum(cross_entropy(synthetic[u, 0], targets[u]) for u in (0, 2)) / 4,
         "w_c": sum((synthetic[u, 0].softmax(0) - weak[u]).square().sum().item() for u in (1, 3)) / 4,
@@ -447,9 +447,9 @@ def test_the_training_loss_equals_its_formula():
         loss = dreamda.self_training_loss(*known, *guessed, auxiliary, **weights)
         expected = sum(weights.get(name, 1.0) * value for name, value in terms.items())
         assert loss.item() == pytest.approx(expected)
-    plain = (real[:1, :, :1], y, head, synthetic[:0], targets[:0], labelled[:0], weak[:0], auxiliary[:0])
+    plain = (real[:, :1], y, head, synthetic[:0], targets[:0], labelled[:0], weak[:0], auxiliary[:0])
     assert dreamda.self_training_loss(*plain).item() == pytest.approx(terms["main"])
-    smooth = np.mean([cross_entropy(real[0, b, 0], y[b], 0.3) for b in range(4)])
+    smooth = np.mean([cross_entropy(real[b, 0], y[b], 0.3) for b in range(4)])
     assert dreamda.self_training_loss(*plain, smoothing=0.3).item() == pytest.approx(smooth)
     # the labels of synthetic images are smoothed, those of the auxiliary heads are not
     of_pool = sum(cross_entropy(synthetic[u, 0], targets[u], 0.3) for u in (0, 2)) / 4
@@ -498,31 +498,31 @@ def test_heads_that_learn_the_same_stay_different_by_the_orthogonality_loss_alon
 def test_views_are_images_of_the_classifiers_size(augment, sources):
     image = common.to_pil(sources[0][0]).resize((48, 40))
     for transform, shape in zip(
-        dreamda.make_views(32, augment, 6), [(7, 3, 32, 32), (3, 32, 32)], strict=True
+        dreamda.make_views(32, augment, 6), [(6, 3, 32, 32), (3, 32, 32)], strict=True
     ):
         views = torch.stack([transform(image) for _ in range(20)])
         assert views.shape == (20, *shape) and views.dtype == torch.float32
         assert 0 <= views.min() and views.max() <= 1 and len(views.unique(dim=0)) == 20
-    assert dreamda.make_views(32, augment, 0)[0](image).shape == (1, 3, 32, 32)
+    assert dreamda.make_views(32, augment, 0)[0](image).shape == (3, 32, 32)
 
 
 def test_every_head_has_an_augmentation_of_its_own(sources):
     (real, _), x = dreamda.make_views(32, "none", 6), (255 * sources[0][:1]).byte().expand(120, -1, -1, -1)
     views = real.augment(x, torch.rand(120, real.draws))
-    assert views.shape == (120, 7, 3, 32, 32) and torch.equal(views[:, 0], x / 255)
-    own = views.transpose(0, 1)[1:]
+    assert views.shape == (120, 6, 3, 32, 32)
+    own, x = views.transpose(0, 1), x / 255
     assert [*dreamda.HEAD_AUGMENTATIONS] == ["geometry", "colour", "blur", "erase"]
     for one, two in itertools.combinations(range(4), 2):
         assert (own[one] - own[two]).abs().max() > 0.1
     erased = (own[3] == 0).all(1)  # to black, here and there, in about half of the images
-    assert torch.equal(own[3], views[:, 0] * ~erased[:, None]) and 0 < erased.float().mean() < 0.1
+    assert torch.equal(own[3], x * ~erased[:, None]) and 0 < erased.float().mean() < 0.1
     assert 35 < erased.any((1, 2)).sum() < 85
     # a mean colour hardly changes by blur; colour keeps every grey image grey
-    assert (own[2].mean((2, 3)) - views[0, 0].mean((1, 2))).abs().max() < 0.02
+    assert (own[2].mean((2, 3)) - x[0].mean((1, 2))).abs().max() < 0.02
     grey = dreamda.colour(torch.rand(9, 1, 4, 4).expand(-1, 3, -1, -1), torch.rand(9, 3))
     assert (grey.amax(1) - grey.amin(1)).max() < 1e-6
     # beyond four heads they repeat: geometry and colour, drawn anew
-    change = [(o - views[0, 0]).abs().mean() for o in own]
+    change = [(o - x[0]).abs().mean() for o in own]
     assert not torch.equal(own[4], own[0]) and torch.allclose(
         torch.stack(change[4:]), torch.stack(change[:2]), rtol=0.6
     )
@@ -559,12 +559,12 @@ def test_pseudo_labels_are_right_where_the_sources_are_wrong_and_heads_grow_apar
 
 
 def test_a_step_shows_each_real_image_to_one_auxiliary_head_and_the_steps_to_all(tmp_path, monkeypatch):
-    """So AMST costs 4/3 of training with the sources' labels: 2 B + U images a step instead of B + U."""
+    """So a step takes B + U images, as with the sources' labels."""
     loss, shown, rows = dreamda.self_training_loss, [], []
 
     def record(real, y, head, synthetic, *others, **weights):
         shown.append(head)
-        rows.append((real.shape[:2], len(synthetic)))
+        rows.append((len(real), len(synthetic)))
         return loss(real, y, head, synthetic, *others, **weights)
 
     monkeypatch.setattr(dreamda, "self_training_loss", record)
@@ -574,7 +574,7 @@ def test_a_step_shows_each_real_image_to_one_auxiliary_head_and_the_steps_to_all
     run, pool = common.Run(args, common.make_accelerator()), stripes(96, 1)
     pool = dreamda.Pool(pool, torch.tensor(pool.labels))
     dreamda.train(args, run, common.make_accelerator(), data, pool, "amst")
-    assert set(rows) == {((2, 8), 16)} and len(rows) == 24
+    assert set(rows) == {(8, 16)} and len(rows) == 24
     # each batch holds the same eight images, so in four steps every one of them has seen every head
     counts = torch.stack([(torch.cat(shown) == k).sum() for k in (1, 2, 3, 4)])
     assert counts.sum() == 24 * 8 and (counts == 48).all()

@@ -76,12 +76,12 @@ def test_self_training_and_weights_work_on_images_of_all_three_methods(folder):
             weak = net.eval()(u)
         targets, labelled = dreamda.synthetic_targets("amst", weak, threshold=0.5)
         head = 1 + (torch.arange(len(x)) + step) % 4  # of each image; put your augmentations of x here
-        logits = net.train()(torch.cat([x, x, u]))
+        logits = net.train()(torch.cat([x, u]))
         loss = dreamda.self_training_loss(
-            logits[: 2 * len(x)].unflatten(0, (2, -1)),
+            logits[: len(x)],
             y,
             head,
-            logits[2 * len(x) :],
+            logits[len(x) :],
             targets,
             labelled,
             weak[:, 0].softmax(1),

@@ -33,13 +33,20 @@ VARIATIONS = [
     dict(noise_scale=noise, guidance_scale=scale)
     for noise, scale in ((3.0, 4.0), (6.0, 4.0), (12.0, 4.0), (24.0, 4.0))
 ]
+FAST = dict(head_lr=16.0)  # tried last, for the methods of dreamda.py
 TRIALS = {
-    compare.BASE: [{}, dict(small_batch=True), dict(lr=3e-4), dict(augment="digits+randaugment")],
+    compare.BASE: [{}, dict(small_batch=True), dict(lr=3e-4), dict(augment="digits+randaugment"), FAST],
     compare.TEXT: [dict(guidance_scale=scale) for scale in (1.0, 2.0, 4.0, 7.5)],
-    "DreamDA, seed labels": VARIATIONS,
+    "DreamDA, seed labels": [*VARIATIONS, VARIATIONS[2] | FAST],
     "DreamDA": [
-        VARIATIONS[2] | dict(threshold=threshold, auxiliary_weight=weight)
-        for threshold, weight in ((0.8, 0.05), (0.8, 0.2), (0.5, 0.2), (0.3, 0.2))
+        VARIATIONS[2] | dict(threshold=threshold, auxiliary_weight=weight) | head
+        for threshold, weight, head in (
+            (0.8, 0.05, {}),
+            (0.8, 0.2, {}),
+            (0.5, 0.2, {}),
+            (0.3, 0.2, {}),
+            (0.3, 0.2, FAST),
+        )
     ],
     "DIAGen": EDITS,
     "DA-Fusion": EDITS,
@@ -102,7 +109,7 @@ def trial(name: str, changes: dict, seed: int, out: Path, images: int, dials: di
     """The accuracies on `val` in common and uncommon settings, and the share of right digits, in %.
 
     DA-Fusion and DIAGen have the same tokens in all their trials. AMST labels the images that DreamDA drew in
-    the trial of the same noise and guidance.
+    the trial of the same noise and guidance, and a faster last layer learns from these.
     """
 
     def folder_of(name: str, changes: dict) -> Path:
@@ -114,7 +121,7 @@ def trial(name: str, changes: dict, seed: int, out: Path, images: int, dials: di
         if name in ("DA-Fusion", "DIAGen"):
             first.run("DA-Fusion")
             changes = changes | dict(embeddings=first.tokens())
-        if name == "DreamDA":
+        if name == "DreamDA" or (name == "DreamDA, seed labels" and "head_lr" in changes):
             drawn = {key: changes[key] for key in ("noise_scale", "guidance_scale")}
             trial("DreamDA, seed labels", drawn, seed, out, images, dials)
             images_of = folder_of("DreamDA, seed labels", drawn) / "DreamDA, seed labels"
