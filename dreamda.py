@@ -17,7 +17,7 @@ Paper to code:
     inversion (CycleDiffusion)                 invert, invert_cycle, equations (1) to (3)
         q(z_{t-1} | z_t, z_0) and mu_theta     posterior_mean, mu_theta
     perturbed reverse process                  vary, equations (5) and (6); Perturbation
-    AMST: the heads, their augmentations       MultiHead, head_augmentations
+    AMST: the heads, their augmentations       MultiHead, HEAD_AUGMENTATIONS
         L_orth, pseudo-labels, L_cons, L       orthogonality_loss, agreement, consistency_loss,
                                                self_training_loss, equations (7) to (11)
         training                               train

@@ -542,7 +542,8 @@ def test_pseudo_labels_are_right_where_the_sources_are_wrong_and_heads_grow_apar
     truth = torch.tensor(pool.labels)
     source_labels = torch.where(torch.from_numpy(rng.random(96) < 0.4), (truth + 1) % 4, truth)
     source_labels[::8] = -1
-    training = dict(epochs=6, eval_every=6, batch_size=8, synthetic_ratio=1.0, lr=0.01, threshold=0.8)
+    training = dict(epochs=6, eval_every=6, batch_size=8, synthetic_ratio=1.0, threshold=0.8)
+    training |= dict(lr=0.01, head_lr=1.0)
     args = arguments(tmp_path, image_size=16, augment="none", **training)
     accelerator, data = common.make_accelerator(), common.Data([*"abcd"], stripes(40, 0), stripes(60, 2))
     run, pool = common.Run(args, accelerator), dreamda.Pool(pool, source_labels, truth)
