@@ -495,6 +495,26 @@ def test_classifiers_are_trained_with_the_label_smoothing_that_is_asked_for(scri
 
 
 @pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("script", [actgen, dreamda, diagen])
+def test_the_last_layer_learns_at_the_rate_that_is_asked_for(script, tiny, monkeypatch):
+    rates, make = set(), common.make_optimizer
+
+    def spy(optimizer, *_):
+        backbone, head = (group["lr"] for group in optimizer.param_groups)
+        rates.add(round(head / backbone, 6))
+
+    def record(*args, **options):
+        optimizer = make(*args, **options)
+        optimizer.register_step_pre_hook(spy)
+        return optimizer
+
+    monkeypatch.setattr(common, "make_optimizer", record)
+    training = dict(real_only=True, frozen=False, warmup=0, head_lr=3)
+    status, _, stderr = in_this_process(script, **tiny(script, **training))
+    assert status == 0 and rates == {3.0}, stderr
+
+
+@pytest.mark.usefixtures("quick")
 def test_diagen_chooses_among_the_epochs_that_are_evaluated_and_the_last(tiny):
     arguments = tiny(diagen, real_only=True, epochs=5, eval_every=2)
     status, _, stderr = in_this_process(diagen, **arguments)
