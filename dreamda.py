@@ -556,7 +556,7 @@ def self_training_loss(
     smoothing: label smoothing of the main head's cross-entropies
     """
     # choice: each image of a batch is shown to one auxiliary head, in the next step to another, and the main
-    # head learns from the same view. So (7) is estimated, and a step takes no more images than by other labels.
+    # head learns from the same view. So (7) is estimated, and a step takes as many images as by other labels.
     loss = F.cross_entropy(real[:, 0], y, label_smoothing=smoothing)
     if A := len(auxiliary):
         own = real[torch.arange(len(y), device=y.device), head]  # W_k f(a_k(x))
