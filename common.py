@@ -1073,9 +1073,9 @@ def make_optimizer(
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Sets the learning rate; that of the last layer in proportion, see make_optimizer."""
+    """Sets the learning rate; that of the last layer in proportion, if the optimizer is make_optimizer's."""
     for group in optimizer.param_groups:
-        group["lr"] = lr * group["factor"]
+        group["lr"] = lr * group.get("factor", 1.0)
 
 
 def new_classifier(args, accelerator, class_names: list[str], wrap=lambda net: net):
