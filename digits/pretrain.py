@@ -316,9 +316,8 @@ def train_unet(
         first, total = part * args.save_every, 0.0
         last = min(first + args.save_every, steps)
         for step in (bar := tqdm(range(first, last), title, leave=False)):
-            for group in optimizer.param_groups:
-                falling = (steps - step) / (0.4 * steps)
-                group["lr"] = lr * min((step + 1) / 300, 1, falling)
+            falling = (steps - step) / (0.4 * steps)
+            common.set_lr(optimizer, lr * min((step + 1) / 300, 1, falling))
             errors, t = noise_errors(pipe, latents, captions, empty, step, args.batch_size)
             optimizer.zero_grad()
             (weights[t] * errors).mean().backward()

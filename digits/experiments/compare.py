@@ -49,6 +49,7 @@ STEPS, REAL, SYNTHETIC = 600, 8, 16  # training steps; real and synthetic images
 PLAIN, TEXT = "real images alone", "random text-to-image"
 BASE = "standard augmentation"  # gains are differences to its accuracy, seed by seed
 SMOOTHING, HEAD = "label smoothing", "faster last layer"  # need no generator: what a method's gain is worth
+DIALS = ("style", "diffusion", "label_smoothing", "head_lr")  # arguments that hold for all methods
 SHARED = dict(dataset="digits", classifier="small_cnn", pretrained=True, baseline=False)
 SHARED |= dict(optimizer="adamw", lr=1e-3, head_lr=1.0)
 
@@ -101,7 +102,7 @@ def train_with_cutmix(out: Path, **arguments) -> dict:
 class Comparison:
     """The methods on k real images per class and about `images` synthetic ones, in the world of the dials.
 
-    out: folder of the runs; dials: style, diffusion, label_smoothing, head_lr
+    out: folder of the runs; dials: those of DIALS
 
     A method is called with its name and what to change in its settings. It returns its scores, the folder of
     its synthetic images or None, and the seconds of their generation.
@@ -238,8 +239,7 @@ def main(args: Args) -> None:
                 trained = f"-smoothing{args.label_smoothing:g}" if args.label_smoothing else ""
                 trained += f"-head{args.head_lr:g}" if args.head_lr != 1 else ""
                 folder = out / f"{k}-per-class-{images}-images{trained}-s{seed}"
-                dials = ("style", "diffusion", "label_smoothing", "head_lr")
-                dials = {name: getattr(args, name) for name in dials}
+                dials = {name: getattr(args, name) for name in DIALS}
                 for name, result in results_of(k, images, seed, folder, store, **dials).items():
                     rows.setdefault((k, images, name), []).append(result)
     lines = [line for k in args.per_class for line in table(rows, k, max(args.images))]

@@ -121,8 +121,8 @@ def trial(name: str, changes: dict, seed: int, out: Path, images: int, dials: di
         if name in ("DA-Fusion", "DIAGen"):
             first.run("DA-Fusion")
             changes = changes | dict(embeddings=first.tokens())
-        if name == "DreamDA" or (name == "DreamDA, seed labels" and "head_lr" in changes):
-            drawn = {key: changes[key] for key in ("noise_scale", "guidance_scale")}
+        drawn = {key: changes[key] for key in ("noise_scale", "guidance_scale") if key in changes}
+        if name.startswith("DreamDA") and changes != drawn:
             trial("DreamDA, seed labels", drawn, seed, out, images, dials)
             images_of = folder_of("DreamDA, seed labels", drawn) / "DreamDA, seed labels"
             changes = changes | dict(synthetic=str(images_of))
