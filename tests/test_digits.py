@@ -613,6 +613,10 @@ def test_the_map_has_a_cell_for_each_world_and_repeats_no_run(compared, tmp_path
         dataclasses.replace(args, out=str(tmp_path / "new"), results=str(tmp_path / "results.json"))
     )
     assert len(compared) == len(made) and len(trained) == 2 and (tmp_path / "new" / "map.png").exists()
+    # with another rate of the last layers all classifiers are trained anew
+    world_map.main(dataclasses.replace(args, head_lr=4.0))
+    rates = [(found["head_lr"], "-head4-" in found["folder"]) for _, found in compared]
+    assert rates == [(1.0, False)] * len(made) + [(4.0, True)] * len(made) and len(trained) == 2
 
 
 @pytest.mark.parametrize("source", [batch_norm.WHOLE, "groups of 4", batch_norm.FIXED])

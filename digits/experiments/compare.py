@@ -201,6 +201,11 @@ def distances(folder: Path, style: float) -> dict[str, float]:
     return judge.distances_to_test(images, data, accelerator)[0]
 
 
+def suffix(head_lr: float, smoothing: float = 0.0) -> str:
+    """What a folder's name says of how all its classifiers are trained; nothing if as usual."""
+    return (f"-smoothing{smoothing:g}" if smoothing else "") + (f"-head{head_lr:g}" if head_lr != 1 else "")
+
+
 def key_of(folder: Path, name: str) -> str:
     """The key of a method's run in the file of all numbers; folder: that of the seed's runs."""
     return f"{folder.name}: {name}"
@@ -236,8 +241,7 @@ def main(args: Args) -> None:
     for k in args.per_class:
         for images in args.images:
             for seed in range(args.first_seed, args.first_seed + args.seeds):
-                trained = f"-smoothing{args.label_smoothing:g}" if args.label_smoothing else ""
-                trained += f"-head{args.head_lr:g}" if args.head_lr != 1 else ""
+                trained = suffix(args.head_lr, args.label_smoothing)
                 folder = out / f"{k}-per-class-{images}-images{trained}-s{seed}"
                 dials = {name: getattr(args, name) for name in DIALS}
                 for name, result in results_of(k, images, seed, folder, store, **dials).items():

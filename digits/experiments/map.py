@@ -42,6 +42,7 @@ class Args:
     styles: list[float] = HfArg(default_factory=lambda: [0.0, 0.65, 0.8], help="g, one column for each")
     varieties: list[int] = HfArg(default_factory=lambda: [898, 10], help="digits the generator knows")
     images: int = HfArg(default=320, help="synthetic images")
+    head_lr: float = common.number("(0, 1000]", "learning rate of all last layers, in multiples of --lr", 1.0)
     seeds: int = HfArg(default=3, help="number of seeds")
     first_seed: int = HfArg(default=0, help="the first of the seeds")
     out: str = HfArg(default="runs/map", help="folder of the generators, the runs and the map")
@@ -65,12 +66,15 @@ def gains(args: Args, confusion: float, style: float, variety: int, out: Path) -
     Of its images also the share of right digits, and the FID.
     """
     store, found = Path(args.results or out / "results.json"), {}
+    trained = compare.suffix(args.head_lr)
     for seed in range(args.first_seed, args.first_seed + args.seeds):
-        folder = out / f"p{confusion:g}-g{style:g}-v{variety}-s{seed}"
+        folder = out / f"p{confusion:g}-g{style:g}-v{variety}{trained}-s{seed}"
         needed = {compare.key_of(folder, name) for name in METHODS} - common.read_file(store, {}).keys()
-        dials = dict(style=style, diffusion=generator_of(confusion, variety, out, bool(needed)))
+        generator = generator_of(confusion, variety, out, bool(needed))
+        dials = dict(style=style, diffusion=generator, head_lr=args.head_lr)
         # these have nothing to do with the generator
-        run = (16, args.images, seed, out / f"g{style:g}-s{seed}", store, [compare.BASE, compare.SMOOTHING])
+        plain = out / f"g{style:g}{trained}-s{seed}"
+        run = (16, args.images, seed, plain, store, [compare.BASE, compare.SMOOTHING])
         base, smoothing = compare.results_of(*run, **dials).values()
         run = (16, args.images, seed, folder, store, METHODS)
         for name, result in ({compare.SMOOTHING: smoothing} | compare.results_of(*run, **dials)).items():
