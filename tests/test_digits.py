@@ -619,6 +619,16 @@ def test_the_map_has_a_cell_for_each_world_and_repeats_no_run(compared, tmp_path
     assert rates == [(1.0, False)] * len(made) + [(4.0, True)] * len(made) and len(trained) == 2
 
 
+def test_the_comparison_trains_no_baseline_twice(compared, tmp_path):
+    everything = [*compare.METHODS]
+    for dials, doubled in (({}, []), (dict(head_lr=16.0), [compare.HEAD])):
+        del compared[:]
+        compare.main(compare.Args(per_class=[4], seeds=1, out=str(tmp_path), **dials))
+        assert [name for name, _ in compared] == [name for name in everything if name not in doubled]
+        rows = (tmp_path / "compare.md").read_text("utf-8").splitlines()
+        assert len([row for row in rows if row.startswith("| ")]) == 1 + len(compared)
+
+
 @pytest.mark.parametrize("source", [batch_norm.WHOLE, "groups of 4", batch_norm.FIXED])
 def test_batch_norm_takes_its_statistics_from_there(source):
     stock, ours = torch.nn.BatchNorm2d(3), batch_norm.batch_norm(source)(3)

@@ -218,10 +218,13 @@ def results_of(
 
     store: a file of the numbers of all runs, by the name of their folder and the method; those that are there
         are read, the others are added
-    names: of METHODS; without them all, or, if there are to be no synthetic images, those that need none
+    names: of METHODS; without them all, or, if there are to be no synthetic images, those that need none.
+        HEAD is left out where all last layers learn as fast, and SMOOTHING where all labels are smoothed so.
     """
     results, comparison = {}, Comparison(k, images, seed, folder, **dials)
-    for name in names or (METHODS if images else WITHOUT_IMAGES):
+    names = names or (METHODS if images else WITHOUT_IMAGES)
+    equal_to_base = [n for n in (SMOOTHING, HEAD) if METHODS[n][1].items() <= dials.items()]
+    for name in [name for name in names if name not in equal_to_base]:
         key = key_of(folder, name)
         if key not in common.read_file(store, {}):
             scores, synthetic, generation = comparison.run(name)
