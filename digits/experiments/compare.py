@@ -222,9 +222,10 @@ def results_of(
         HEAD is left out where all last layers learn as fast, and SMOOTHING where all labels are smoothed so.
     """
     results, comparison = {}, Comparison(k, images, seed, folder, **dials)
-    names = names or (METHODS if images else WITHOUT_IMAGES)
-    equal_to_base = [n for n in (SMOOTHING, HEAD) if METHODS[n][1].items() <= dials.items()]
-    for name in [name for name in names if name not in equal_to_base]:
+    equal_to_base = [name for name in (SMOOTHING, HEAD) if METHODS[name][1].items() <= dials.items()]
+    for name in names or (METHODS if images else WITHOUT_IMAGES):
+        if name in equal_to_base:
+            continue
         key = key_of(folder, name)
         if key not in common.read_file(store, {}):
             scores, synthetic, generation = comparison.run(name)
