@@ -219,7 +219,7 @@ def results_of(
     store: a file of the numbers of all runs, by the name of their folder and the method; those that are there
         are read, the others are added
     names: of METHODS; without them all, or, if there are to be no synthetic images, those that need none.
-        HEAD is left out where all last layers learn as fast, and SMOOTHING where all labels are smoothed so.
+        HEAD and SMOOTHING are left out if the dials give them to all methods: then they are BASE.
     """
     results, comparison = {}, Comparison(k, images, seed, folder, **dials)
     equal_to_base = [name for name in (SMOOTHING, HEAD) if METHODS[name][1].items() <= dials.items()]
