@@ -34,20 +34,33 @@ VARIATIONS = [
     for noise, scale in ((3.0, 4.0), (6.0, 4.0), (12.0, 4.0), (24.0, 4.0))
 ]
 FAST = dict(head_lr=16.0)  # tried last, for the methods of dreamda.py
+IMAGES = ("noise_scale", "guidance_scale", "paths")  # what DreamDA's images depend on
 TRIALS = {
-    compare.BASE: [{}, dict(small_batch=True), dict(lr=3e-4), dict(augment="digits+randaugment"), FAST],
+    compare.BASE: [
+        {},
+        dict(small_batch=True),
+        dict(lr=3e-4),
+        dict(augment="digits+randaugment"),
+        FAST,
+        FAST | dict(epochs=30),
+    ],
     compare.TEXT: [dict(guidance_scale=scale) for scale in (1.0, 2.0, 4.0, 7.5)],
     "DreamDA, seed labels": [*VARIATIONS, VARIATIONS[2] | FAST],
     "DreamDA": [
-        VARIATIONS[2] | dict(threshold=threshold, auxiliary_weight=weight) | head
-        for threshold, weight, head in (
-            (0.8, 0.05, {}),
-            (0.8, 0.2, {}),
-            (0.5, 0.2, {}),
-            (0.3, 0.2, {}),
-            (0.3, 0.2, FAST),
+        VARIATIONS[2] | dict(threshold=threshold, auxiliary_weight=weight)
+        for threshold, weight in ((0.8, 0.05), (0.8, 0.2), (0.5, 0.2), (0.3, 0.2))
+    ]
+    + [
+        VARIATIONS[2] | FAST | changes
+        for changes in (
+            dict(threshold=0.3),
+            dict(threshold=0.7),
+            dict(epochs=30),
+            dict(noise_scale=6.0, guidance_scale=7.5),
+            dict(paths=0),
         )
     ],
+    "DreamDA, true labels": [VARIATIONS[2] | FAST, VARIATIONS[2] | FAST | dict(paths=0)],
     "DIAGen": EDITS,
     "DA-Fusion": EDITS,
     "Real Guidance": EDITS,
@@ -121,7 +134,7 @@ def trial(name: str, changes: dict, seed: int, out: Path, images: int, dials: di
         if name in ("DA-Fusion", "DIAGen"):
             first.run("DA-Fusion")
             changes = changes | dict(embeddings=first.tokens())
-        drawn = {key: changes[key] for key in ("noise_scale", "guidance_scale") if key in changes}
+        drawn = {key: changes[key] for key in IMAGES if key in changes}
         if name.startswith("DreamDA") and changes != drawn:
             trial("DreamDA, seed labels", drawn, seed, out, images, dials)
             images_of = folder_of("DreamDA, seed labels", drawn) / "DreamDA, seed labels"
