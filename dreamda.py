@@ -69,6 +69,11 @@ class Args(common.RunArgs):
     auxiliary_weight: float = number("[0, 1000]", "w_a, weight of L_aux", 0.2)
     orthogonality_weight: float = number("[0, 1000]", "w_o, weight of L_orth", 0.1)
     consistency_weight: float | None = number("[0, 1000]", "w_c, weight of L_cons")
+    burn_in: float | None = number(
+        "[0, 1)",
+        "share of the epochs in which the classifier learns from real images alone, before it labels others; "
+        "if none is given, 0 with pretrained weights, else 0.5",
+    )
     synthetic_ratio: float = number("(0, 100]", "synthetic images per real image in a batch", 2.0)
     unlabelled: int = number("[0, 1e9]", "real images without labels, added to the synthetic ones", 0)
 
@@ -741,10 +746,10 @@ def pool_batch(args: Args) -> int:
     return max(1, round(args.batch_size * args.synthetic_ratio))
 
 
-def make_loaders(args: Args, accelerator, data: common.Data, pool: Pool | None, heads: int):
+def make_loaders(args: Args, accelerator, data: common.Data, heads: int, pool: Pool | None, alone: bool):
     """The loaders of the views of real images and, with a pool, of its strong views, and an epoch's steps.
 
-    In the place of its label an image has its index.
+    alone: real images take the places of the pool's. In the place of its label an image has its index.
     """
     views, strong_view = make_views(args.image_size, args.augment, heads)
     real = data.train.transformed(views)
@@ -752,9 +757,9 @@ def make_loaders(args: Args, accelerator, data: common.Data, pool: Pool | None, 
     # choice: an epoch is one pass over the pool; without a pool it has as many steps, of as many images
     count = len(pool.images) if pool else len(real) * args.variations + args.unlabelled
     steps = max(1, count // pool_batch(args))
-    size = args.batch_size if pool else args.batch_size + pool_batch(args)
+    size = args.batch_size + pool_batch(args) if alone else args.batch_size
     loaders = [common.Loader(real, size, accelerator, args.workers, steps * size)]
-    if pool:
+    if not alone:
         strong = pool.images.transformed(strong_view)
         strong.labels = list(range(count))
         loaders.append(common.Loader(strong, pool_batch(args), accelerator, args.workers, count))
@@ -767,7 +772,7 @@ def load_batches(loaders: list[common.Loader], *key: int):
     """
     shuffled = [loader.shuffle(*key, i) for i, loader in enumerate(loaders)]
     for (x, i), *of_pool in zip(*shuffled, strict=True):
-        yield x, i, *(of_pool[0] if of_pool else (x[:0], i[:0]))
+        yield x, i, *(of_pool[0] if of_pool else (x.new_empty(0, *x.shape[-3:]), i[:0]))
 
 
 CLASSIFIERS = {  # the names in reports of classifiers that are trained on real images and these labels
@@ -794,14 +799,20 @@ def train(args: Args, run: common.Run, accelerator, data: common.Data, pool: Poo
         w_c=args.consistency_weight if heads else 0.0,
         smoothing=args.label_smoothing,
     )
-    loaders, steps = make_loaders(args, accelerator, data, pool, heads)
     classes = torch.tensor(data.train.labels, device=accelerator.device)
+    # choice: labels are no better than the classifier that gives them, so one that was not pretrained learns
+    # from real images alone first, from as many in a step
+    burn_in = int(args.burn_in * args.epochs) if pool and pool.given(labels) is None else 0
+    loaders = None
 
     for epoch in run.epochs(CLASSIFIERS[labels], args.epochs, model=net, optimizer=optimizer):
-        # choice: the pool's images are labelled anew before every epoch, not before every step
         common.seed_everything(accelerator, args.seed, epoch)
-        targets, labelled, weak = predict_targets(args, accelerator, model, pool, labels)
-        run.log(images=len(classes), pool=len(targets), **label_report(targets, labelled, pool))
+        used = pool if epoch >= burn_in else None
+        if not loaders or epoch == burn_in:
+            loaders, steps = make_loaders(args, accelerator, data, heads, pool, alone=not used)
+        # choice: the pool's images are labelled anew before every epoch, not before every step
+        targets, labelled, weak = predict_targets(args, accelerator, model, used, labels)
+        run.log(images=len(classes), pool=len(targets), **label_report(targets, labelled, used))
         if labels in ("amst", "head") and epoch in (0, args.epochs // 2, args.epochs - 1):
             run.once(f"votes/{epoch + 1:03d}.pt", inside.votes, args, net, pool)
 
@@ -854,6 +865,8 @@ def resolve(args: Args) -> Args:
     args = common.fill_recipe(args, RECIPES, "dreamda")
     common.check_choice("--labels", args.labels, [*CLASSIFIERS][1:])
     common.check_choice("--inversion", args.inversion, ["cycle", "ddim", "none"])
+    if args.burn_in is None:
+        args.burn_in = 0.0 if args.pretrained else 0.5
     return args
 
 

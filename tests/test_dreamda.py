@@ -582,6 +582,37 @@ def test_a_step_shows_each_real_image_to_one_auxiliary_head_and_the_steps_to_all
     assert all((torch.bincount(head, minlength=5)[1:] == 2).all() for head in shown)
 
 
+@pytest.mark.parametrize("labels", ["amst", "head", "soft", "seed"])
+def test_before_it_labels_images_the_classifier_learns_from_as_many_real_ones(tmp_path, monkeypatch, labels):
+    """In the burn-in it does not see the pool, whose images may be any. Given labels need no burn-in."""
+    loss, rows, losses = dreamda.self_training_loss, [], []
+
+    def record(real, y, head, synthetic, *others, **weights):
+        rows.append((len(real), len(synthetic)))
+        return loss(real, y, head, synthetic, *others, **weights)
+
+    monkeypatch.setattr(dreamda, "self_training_loss", record)
+    for seed in (1, 3):
+        training = dict(epochs=4, eval_every=4, batch_size=8, image_size=16, augment="none", burn_in=0.6)
+        args = arguments(tmp_path / str(seed), labels=labels, **training)
+        data = common.Data([*"abcd"], stripes(40, 0), stripes(8, 2))
+        run, pool = common.Run(args, common.make_accelerator()), stripes(32, seed)
+        pool = dreamda.Pool(pool, torch.tensor(pool.labels))
+        dreamda.train(args, run, common.make_accelerator(), data, pool, labels)
+        (log,) = run.logs.values()
+        losses.append([line["loss"] for line in log])
+        assert [line["pool"] for line in log] == ([32] * 4 if labels == "seed" else [0, 0, 32, 32])
+    assert rows == [(8, 16)] * 16 if labels == "seed" else rows == ([(24, 0)] * 4 + [(8, 16)] * 4) * 2
+    first, second = losses
+    assert [a == b for a, b in zip(first, second, strict=True)][:2] == [labels != "seed"] * 2
+    assert first[3] != second[3]
+
+
+def test_a_pretrained_classifier_labels_from_the_first_epoch_on(tmp_path):
+    assert arguments(tmp_path).burn_in == 0 < arguments(tmp_path, pretrained=False).burn_in
+    assert arguments(tmp_path, dataset="pets").burn_in == 0.5 > arguments(tmp_path, burn_in=0.2).burn_in
+
+
 def test_paths_share_z_T_and_each_reproduces_the_image_by_noise_of_its_own(pipe, digits):
     x = digits.test[3][0][None].expand(2, -1, -1, -1)
     starts, own = ([common.generator(0, key) for key in keys] for keys in ((7, 7), (1, 2)))
