@@ -610,7 +610,10 @@ def test_before_it_labels_images_the_classifier_learns_from_as_many_real_ones(tm
 
 def test_a_pretrained_classifier_labels_from_the_first_epoch_on(tmp_path):
     assert arguments(tmp_path).burn_in == 0 < arguments(tmp_path, pretrained=False).burn_in
-    assert arguments(tmp_path, dataset="pets").burn_in == 0.5 > arguments(tmp_path, burn_in=0.2).burn_in
+    assert arguments(tmp_path, dataset="pets").burn_in > 0
+    assert (
+        arguments(tmp_path, burn_in=0.3).burn_in == arguments(tmp_path, pretrained=False, burn_in=0.3).burn_in
+    )
 
 
 def test_paths_share_z_T_and_each_reproduces_the_image_by_noise_of_its_own(pipe, digits):

@@ -1,6 +1,6 @@
-"""Tries four settings of every method on validation data.
+"""Tries four settings or more of every method on validation data.
 
-    python digits/experiments/tune.py                   an hour of one core; a run is kept, never repeated
+    python digits/experiments/tune.py                   hours of one core; a run is kept, never repeated
     python digits/experiments/tune.py --methods ActGen --first_seed 100 --seeds 1
 
 The methods run as in compare.py, on 16 real images per class and with random seeds that no table uses. They
