@@ -109,7 +109,7 @@ SD15 = dict(
     # self-training
     threshold=0.95,
     consistency_weight=1.0,
-    burn_in=0.2,  # choice: not tuned; on digits it was
+    burn_in=0.2,  # choice: not tuned; a pretrained classifier has none, see resolve
 )
 RECIPES = {name: SD15 for name in common.DATASETS} | {
     "stl10": SD15 | dict(image_size=96, augment="crop"),
@@ -749,9 +749,10 @@ def pool_batch(args: Args) -> int:
 
 
 def make_loaders(args: Args, accelerator, data: common.Data, heads: int, pool: Pool | None, alone: bool):
-    """The loaders of the views of real images and, with a pool, of its strong views, and an epoch's steps.
+    """The loaders of the views of real images and of the pool's strong views, and an epoch's steps.
 
-    alone: real images take the places of the pool's. In the place of its label an image has its index.
+    alone: without the pool's images; as many real ones take their places
+    In the place of its label an image has its index.
     """
     views, strong_view = make_views(args.image_size, args.augment, heads)
     real = data.train.transformed(views)
@@ -863,11 +864,15 @@ def save_labels(run, folder: Path, records: list[dict], targets, labelled, names
 
 
 def resolve(args: Args) -> Args:
-    """Fills the fields left None from the data set's recipe. Raises UserError if a value cannot be."""
+    """Fills the fields left None from the data set's recipe, but a pretrained classifier has no burn-in.
+
+    Raises UserError if a value cannot be.
+    """
     given, args = args.burn_in, common.fill_recipe(args, RECIPES, "dreamda")
     common.check_choice("--labels", args.labels, [*CLASSIFIERS][1:])
     common.check_choice("--inversion", args.inversion, ["cycle", "ddim", "none"])
-    args.burn_in = 0.0 if given is None and args.pretrained else args.burn_in
+    if given is None and args.pretrained:
+        args.burn_in = 0.0
     return args
 
 
