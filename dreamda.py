@@ -72,7 +72,7 @@ class Args(common.RunArgs):
     burn_in: float | None = number(
         "[0, 1)",
         "share of the epochs in which the classifier learns from real images alone, before it labels others; "
-        "unless given, 0 if it is pretrained",
+        "if none is given, 0 with pretrained weights, else 0.5",
     )
     synthetic_ratio: float = number("(0, 100]", "synthetic images per real image in a batch", 2.0)
     unlabelled: int = number("[0, 1e9]", "real images without labels, added to the synthetic ones", 0)
@@ -109,7 +109,6 @@ SD15 = dict(
     # self-training
     threshold=0.95,
     consistency_weight=1.0,
-    burn_in=0.2,  # choice: not tuned; a pretrained classifier has none, see resolve
 )
 RECIPES = {name: SD15 for name in common.DATASETS} | {
     "stl10": SD15 | dict(image_size=96, augment="crop"),
@@ -143,7 +142,6 @@ RECIPES = {name: SD15 for name in common.DATASETS} | {
         workers=0,
         # self-training
         threshold=0.3,  # the four heads' agreement counts for more than their confidence
-        burn_in=0.5,
     ),
 }
 
@@ -864,15 +862,12 @@ def save_labels(run, folder: Path, records: list[dict], targets, labelled, names
 
 
 def resolve(args: Args) -> Args:
-    """Fills the fields left None from the data set's recipe, but a pretrained classifier has no burn-in.
-
-    Raises UserError if a value cannot be.
-    """
-    given, args = args.burn_in, common.fill_recipe(args, RECIPES, "dreamda")
+    """Fills the fields left None from the data set's recipe. Raises UserError if a value cannot be."""
+    args = common.fill_recipe(args, RECIPES, "dreamda")
     common.check_choice("--labels", args.labels, [*CLASSIFIERS][1:])
     common.check_choice("--inversion", args.inversion, ["cycle", "ddim", "none"])
-    if given is None and args.pretrained:
-        args.burn_in = 0.0
+    if args.burn_in is None:
+        args.burn_in = 0.0 if args.pretrained else 0.5  # choice: tuned on digits alone
     return args
 
 

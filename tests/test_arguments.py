@@ -156,6 +156,12 @@ def started(script, *words) -> dict | str:
     return got[0]
 
 
+def test_a_pretrained_classifier_of_dreamda_has_no_burn_in_unless_it_is_given():
+    scratch = ("--pretrained", "false")
+    assert [started(dreamda, *words)["burn_in"] for words in ((), scratch)] == [0, 0.5]
+    assert [started(dreamda, *words, "--burn_in", "0.3")["burn_in"] for words in ((), scratch)] == [0.3] * 2
+
+
 def test_every_number_is_refused_somewhere():
     names = {f"--{name}" for script in SCRIPTS for name in numbers(script)}
     assert names == set(REFUSED)
