@@ -1731,14 +1731,19 @@ def save_grid(images: torch.Tensor, path: Path, columns: int, scale: int = 1) ->
 def save_captioned(images: list, captions: list[str], path: Path, columns: int) -> None:
     """Draws PIL images, or image files, in a grid, a caption under each."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    rows = math.ceil(len(images) / columns)
-    figure = Figure(figsize=(1.9 * columns, 2.2 * rows), layout="constrained")
-    for axes in figure.subplots(rows, columns, squeeze=False).flat:
-        axes.axis("off")
-    for axes, image, caption in zip(figure.axes, images, captions, strict=False):
-        axes.imshow(np.asarray(open_image(image)))
-        text = "\n".join(textwrap.wrap(caption, 24))
-        axes.set_title(text, y=-0.08, verticalalignment="top", fontsize=7, parse_math=False)
+    texts = [textwrap.wrap(caption, 24) for caption in captions]
+    wide, high = 1.9, 1.95 + 0.12 * max(map(len, texts))  # of a cell, in inches, as are all places below
+    width, height = wide * columns, high * math.ceil(len(images) / columns)
+    figure = Figure(figsize=(width, height))
+    axes = figure.add_axes((0, 0, 1, 1))  # for all images, since axes take long to make
+    for i, (image, text) in enumerate(zip(images, texts, strict=True)):
+        pixels, row, column = np.asarray(open_image(image)), *divmod(i, columns)
+        x, y = wide * (column + 0.5), high * row + 0.95  # the middle of the image
+        down, right = (0.9 * side / max(pixels.shape) for side in pixels.shape[:2])
+        axes.imshow(pixels, extent=(x - right, x + right, y + down, y - down))
+        axes.text(x, high * row + 1.9, "\n".join(text), fontsize=7, ha="center", va="top", parse_math=False)
+    axes.set(xlim=(0, width), ylim=(height, 0))
+    axes.axis("off")
     figure.savefig(path, dpi=110)
 
 

@@ -19,6 +19,8 @@ pytest.register_assert_rewrite("runs")
 import common  # noqa: E402
 from digits import world  # noqa: E402
 
+splits = world.splits
+
 
 @pytest.fixture(scope="session")
 def pipe():
@@ -29,7 +31,9 @@ def pipe():
 @pytest.fixture(scope="session")
 def digits():
     """The digits world in the style of `pipe`, 20 training images per class."""
-    return common.load_data("digits", "", 32, "digits", per_class=20, style=0.0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(world, "splits", splits)  # and not those of `quick`
+        return common.load_data("digits", "", 32, "digits", per_class=20, style=0.0)
 
 
 @pytest.fixture(autouse=True)
@@ -37,13 +41,22 @@ def fixed_seed():
     torch.manual_seed(0)
 
 
-@pytest.fixture(scope="module")
-def quick(digits):
-    """For runs in this process: 100 digits to evaluate on; the embedded generator is loaded once.
+@pytest.fixture(scope="session")
+def few_digits():
+    """The splits of the digits world with 100 images of each split but train."""
+    render = world.render_pool
 
-    `digits` comes first: loaded later, it would be of these few, and in another style.
-    """
-    few = {k: v if k == "train" else (v[0][:100], v[1][:100]) for k, v in world.splits().items()}
+    def render_few(digits, count, seed, *options):
+        return render(digits, count if count == 1200 else 100, seed, *options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(world, "render_pool", render_few)
+        return world.splits.__wrapped__()
+
+
+@pytest.fixture(scope="module")
+def quick(few_digits):
+    """For runs in this process: few digits to evaluate on; the embedded generator is loaded once."""
     load = common.load_pipeline
     pipe = load(common.DIGITS_SD)
 
@@ -51,7 +64,7 @@ def quick(digits):
         return load(name, *arguments, **options) if name != common.DIGITS_SD or options.get("lora") else pipe
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(world, "splits", lambda *_: few)
+        patch.setattr(world, "splits", lambda *_: few_digits)
         patch.setattr(common, "load_pipeline", load_once)
         yield
 

@@ -1,6 +1,7 @@
 """Helpers of the tests that run a script as a user does; `script` is the script's module."""
 
 import atexit
+import functools
 import gc
 import io
 import itertools
@@ -19,21 +20,22 @@ from pathlib import Path
 import accelerate
 import matplotlib.figure
 import numpy as np
-import psutil
 import pytest
 import scipy.stats
 import timm
 import torch
 import torch._dynamo
+import torch.distributed
 import torchmetrics.functional.classification
 import torchmetrics.image.fid
 import torchmetrics.image.kid
 import torchvision.transforms.v2
+from accelerate.state import AcceleratorState
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from PIL import Image
 
 import common
-from digits import pretrain
+from digits import inside, pretrain
 
 # imported once, before the runs in child processes, and left out of every collection of garbage
 IMPORTED = (
@@ -56,24 +58,25 @@ def command_line(words, arguments):
     return [str(word) for name, value in arguments.items() for word in (f"--{name}", value)] + list(words)
 
 
-def own_process(script, words, arguments, launcher) -> dict:
-    """What subprocess needs to run the script with these arguments.
+def in_own_process(script, *words, launcher=(), **arguments):
+    """(status, stdout, stderr) of the script with these arguments.
 
     launcher: TWO_PROCESSES on the CPU; `accelerate launch --cpu --num_processes 2` would start only one.
     """
     command = [sys.executable, *launcher, script.__file__, *command_line(words, arguments)]
-    return {"args": command, "env": os.environ | ({"ACCELERATE_USE_CPU": "true"} if launcher else {})}
-
-
-def in_own_process(script, *words, launcher=(), **arguments):
-    """(status, stdout, stderr) of the script with these arguments; launcher: see own_process."""
-    command = own_process(script, words, arguments, launcher)
-    done = subprocess.run(**command, capture_output=True, text=True, timeout=300)
+    environment = os.environ | ({"ACCELERATE_USE_CPU": "true"} if launcher else {})
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     return done.returncode, done.stdout, done.stderr
 
 
-def in_this_process(script, *words, **arguments):
-    """The same without paying for imports again."""
+def draw_no_pictures(patch, script) -> None:
+    """Leaves out what takes half of a tiny run, the pictures by matplotlib and the samples for them."""
+    patch.setattr(inside, f"show_{script.__name__}", lambda *_: None)
+    patch.setattr(matplotlib.figure.Figure, "savefig", lambda *_, **__: None)
+
+
+def in_this_process(script, *words, pictures=False, **arguments):
+    """The same without paying for imports again, and for pictures only if asked to."""
     with (
         pytest.MonkeyPatch.context() as patch,
         redirect_stdout(io.StringIO()) as out,
@@ -81,6 +84,8 @@ def in_this_process(script, *words, **arguments):
     ):
         patch.setattr(sys, "argv", [Path(script.__file__).name, *command_line(words, arguments)])
         patch.setitem(sys.modules, "__main__", script)
+        if not pictures:
+            draw_no_pictures(patch, script)
         try:
             status = common.cli(script.main, script.Args) or 0
         except SystemExit as stop:
@@ -122,17 +127,32 @@ def in_child(function) -> int:
     return exit_status(start_child(function))
 
 
-def begun_by_two(script, out, images, **arguments) -> None:
-    """Two processes run the script, and are killed as soon as they have written so many images to out."""
-    command = own_process(script, (), arguments | {"out": out}, TWO_PROCESSES)
-    two = subprocess.Popen(**command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while two.poll() is None and len([*out.glob("synthetic/*/*.png")]) < images:
+def in_two_children(function, kill=lambda: False) -> list[int]:
+    """The exit statuses of two forked processes that call function() as the two of one run.
+
+    kill(): whether it is time to kill them
+    """
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    common_to_both = {"WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port}
+    common_to_both |= {"TORCHELASTIC_USE_AGENT_STORE": True, "ACCELERATE_USE_CPU": True}
+
+    def one_of_two(rank):
+        names = common_to_both | {"RANK": rank, "LOCAL_RANK": rank}
+        os.environ.update({name: str(value) for name, value in names.items()})
+        AcceleratorState._reset_state(reset_partial_state=True)
+        function()
+        assert AcceleratorState().num_processes == 2
+
+    pids, statuses = [start_child(functools.partial(one_of_two, rank)) for rank in range(2)], {}
+    while len(statuses) < 2:
         time.sleep(0.02)
-    processes = [psutil.Process(two.pid), *psutil.Process(two.pid).children(recursive=True)]
-    for process in processes:
-        process.kill()
-    psutil.wait_procs(processes[1:], timeout=60)
-    assert two.wait() == -signal.SIGKILL and not (out / "result.json").exists()
+        for pid in set(pids) - set(statuses):
+            if kill():
+                os.kill(pid, signal.SIGKILL)
+            ended, status = os.waitpid(pid, os.WNOHANG)
+            if ended:
+                statuses[pid] = os.waitstatus_to_exitcode(status)
+    return [statuses[pid] for pid in pids]
 
 
 def die_at(module, name, n):

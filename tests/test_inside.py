@@ -1,5 +1,6 @@
 """The samplers' hook, against recomputed values; the pictures of a run; README's experiments."""
 
+import functools
 import io
 import re
 import shlex
@@ -178,6 +179,9 @@ def test_textual_inversions_hook_gives_the_embeddings(pipe, guides):
 
 
 # --- the pictures
+
+
+in_this_process = functools.partial(in_this_process, pictures=True)
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,6 @@
 """Whole runs of the three scripts, as a user gives them: what they leave, kills, faults, mistakes."""
 
+import functools
 import json
 import os
 import random
@@ -19,21 +20,22 @@ import actgen
 import common
 import diagen
 import dreamda
-from digits import judge, world
+from digits import inside, judge, world
 from runs import (
     TWO_PROCESSES,
-    begun_by_two,
     check_imagefolder,
     check_kill,
     check_ladder,
     cut,
     die_at,
+    draw_no_pictures,
     empty,
     exit_status,
     grey_levels,
     in_child,
     in_own_process,
     in_this_process,
+    in_two_children,
     lines_of,
     result_and_files,
     start_child,
@@ -80,17 +82,14 @@ each_script = pytest.mark.parametrize("script", TINY, ids=[script.__name__ for s
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, quick):
-    """finished(script): folder and output of the tiny run on digits; ActGen's in a process of its own."""
-    runs = {}
+    """finished(script): folder and output of the tiny run on digits."""
 
+    @functools.cache
     def run(script):
-        if script not in runs:
-            out = tmp_path_factory.mktemp(script.__name__) / "digits"
-            start = in_own_process if script is actgen else in_this_process
-            status, stdout, stderr = start(script, **DIGITS[script], out=out)
-            assert status == 0, stderr
-            runs[script] = out, stdout
-        return runs[script]
+        out = tmp_path_factory.mktemp(script.__name__) / "digits"
+        status, stdout, stderr = in_this_process(script, **DIGITS[script], out=out, pictures=True)
+        assert status == 0, stderr
+        return out, stdout
 
     return run
 
@@ -283,6 +282,13 @@ def test_a_folder_of_ones_own_images_runs_end_to_end(script, mine):
     assert not last.get("distances")  # there is no oracle
 
 
+def test_a_run_works_in_a_process_of_its_own(mine):
+    """Where nothing is imported but by the script."""
+    status, stdout, stderr = in_own_process(actgen, **FOLDER[actgen] | mine)
+    assert status == 0 and "8 images generated" in stdout, stderr
+    assert {picture.name for picture in mine["out"].glob("**/*.png")} >= {"inside.png", "curves.png"}
+
+
 @each_script
 def test_real_images_alone_need_no_generator(script, mine):
     arguments = FOLDER[script] | mine | {"diffusion": "/nowhere/sd"}
@@ -317,24 +323,24 @@ def test_classes_of_any_name_and_one_of_a_single_image_run(script, tmp_path):
 # --- stopped and given again
 
 
-def a_run(script, out):
+def a_run(script, out, pictures=False):
     """A run in a child process; ActGen's draws all images with a guide and both losses."""
     actgen.curriculum = lambda *_: (0.0, 1.0)
+    if not pictures:
+        draw_no_pictures(pytest.MonkeyPatch(), script)
     more = {actgen: {}, dreamda: dict(paths=2, unlabelled=4), diagen: {}}[script]
     script.main(script.Args(**DIGITS[script] | more, out=str(out)))
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory, quick):
-    """uninterrupted(script): what a_run leaves, and its seconds."""
-    runs = {}
+    """uninterrupted(script, pictures): what a_run leaves, and its seconds."""
 
-    def run(script):
-        if script not in runs:
-            out, clock = tmp_path_factory.mktemp("uninterrupted"), time.time()
-            assert in_child(lambda: a_run(script, out)) == 0
-            runs[script] = result_and_files(out), time.time() - clock
-        return runs[script]
+    @functools.cache
+    def run(script, pictures):
+        out, clock = tmp_path_factory.mktemp("uninterrupted"), time.time()
+        assert in_child(lambda: a_run(script, out, pictures)) == 0
+        return result_and_files(out), time.time() - clock
 
     return run
 
@@ -364,6 +370,7 @@ KILLS = [  # script, the function whose n-th call ends the process, what the run
     (diagen, common, "train_epoch", 8, "training"),
     (diagen, torch, "save", 7, "writing a checkpoint"),
     (diagen, common, "save_curves", 1, "writing the result"),
+    *((script, inside, "save", 1, "drawing its picture") for script in TINY),
 ]
 
 
@@ -371,13 +378,15 @@ KILLS = [  # script, the function whose n-th call ends the process, what the run
     "script, module, name, n", [k[:4] for k in KILLS], ids=[f"{k[0].__name__} {k[4]}" for k in KILLS]
 )
 def test_the_result_is_the_same_after_a_kill_while(script, module, name, n, tmp_path, uninterrupted):
-    expected, _ = uninterrupted(script)
-    check_kill(module, name, n, lambda out: a_run(script, out), tmp_path, expected, result_and_files)
+    pictures = module is inside
+    expected, _ = uninterrupted(script, pictures=pictures)
+    run = functools.partial(a_run, script, pictures=pictures)
+    check_kill(module, name, n, run, tmp_path, expected, result_and_files)
 
 
 @each_script
 def test_twenty_kills_at_random_moments_change_nothing(script, tmp_path, uninterrupted):
-    (expected, seconds), kills, out = uninterrupted(script), 0, tmp_path / "killed"
+    (expected, seconds), kills, out = uninterrupted(script, pictures=False), 0, tmp_path / "killed"
     rng = random.Random(0)
     while kills < 20:
         pid = start_child(lambda: a_run(script, out))
@@ -402,7 +411,7 @@ def test_images_of_a_killed_run_are_not_taken_for_those_of_other_arguments(scrip
 
 def test_images_that_are_missing_are_drawn_again_the_same(tmp_path, uninterrupted):
     """With their whole batches, whose size decides over the last bits."""
-    expected, _ = uninterrupted(dreamda)
+    expected, _ = uninterrupted(dreamda, pictures=False)
     assert in_child(lambda: (die_at(dreamda, "save_labels", 1), a_run(dreamda, tmp_path))) == 9
     times = {path: path.stat().st_mtime_ns for path in tmp_path.glob("synthetic/*/*.png")}
     records = lines_of(tmp_path / "synthetic" / "metadata.jsonl")
@@ -415,7 +424,7 @@ def test_images_that_are_missing_are_drawn_again_the_same(tmp_path, uninterrupte
 
 def test_a_run_goes_on_with_less_memory(tmp_path, uninterrupted):
     """Another batch size of generation and other loading processes, the images but for rounding."""
-    (scores, _), _ = uninterrupted(dreamda)
+    (scores, _), _ = uninterrupted(dreamda, pictures=False)
     assert in_child(lambda: (die_at(common, "save_png", 8), a_run(dreamda, tmp_path / "run"))) == 9
     less = DIGITS[dreamda] | dict(
         paths=2, unlabelled=4, generation_batch_size=2, workers=1, out=tmp_path / "run"
@@ -831,15 +840,18 @@ def test_several_processes_draw_what_one_does(script, striped, tmp_path):
     """
     arguments = FOLDER[script] | striped | PROCESSES[script] | dict(batch_size=8, lr=0.01)
     one, two, three = (tmp_path / name for name in ("one", "two", "three"))
-    assert in_this_process(script, **arguments, out=one)[0] == 0
-    assert (
-        in_child(lambda: (die_at(common, "save_png", 3), in_this_process(script, **arguments, out=two))) == 9
-    )
-    status, _, stderr = in_own_process(script, launcher=TWO_PROCESSES, **arguments, out=two)
-    assert status == 0, stderr
+
+    def run(out):
+        status, _, stderr = in_this_process(script, **arguments, out=out, pictures=True)
+        assert status == 0, stderr
+
+    run(one)
+    assert in_child(lambda: (die_at(common, "save_png", 3), run(two))) == 9
+    assert in_two_children(lambda: run(two)) == [0, 0]
     if script is dreamda:
-        begun_by_two(script, three, 3, **arguments)
-        assert in_this_process(script, **arguments, out=three)[0] == 0
+        begun = in_two_children(lambda: run(three), kill=lambda: len([*three.glob("synthetic/*/*.png")]) > 2)
+        assert begun == [-signal.SIGKILL] * 2 and not (three / "result.json").exists()
+        run(three)
 
     if script is actgen:  # few-shot confidence is that before training, so that guidance does not fade
         plans = [json.loads(path.read_text())["records"] for path in sorted(one.glob("plans/*.json"))]
