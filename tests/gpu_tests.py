@@ -9,6 +9,7 @@ import math
 import weakref
 from types import SimpleNamespace
 
+import matplotlib.figure
 import numpy as np
 import pytest
 import torch
@@ -52,6 +53,12 @@ def assert_alike(here, there, tolerance=0.05):
     else:
         same = pytest.approx(here, rel=tolerance, abs=tolerance) if isinstance(here, float) else here
         assert there == same
+
+
+@pytest.fixture(autouse=True)
+def no_figures(monkeypatch):
+    """What a figure shows is computed, but not drawn."""
+    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", lambda *_, **__: None)
 
 
 @pytest.fixture(scope="module")

@@ -282,9 +282,9 @@ def test_a_folder_of_ones_own_images_runs_end_to_end(script, mine):
     assert not last.get("distances")  # there is no oracle
 
 
-def test_a_run_works_in_a_process_of_its_own(mine):
-    """Where nothing is imported but by the script."""
-    status, stdout, stderr = in_own_process(actgen, **FOLDER[actgen] | mine)
+def test_a_run_works_in_two_processes_of_its_own(mine):
+    """As a user starts them, where nothing is imported but by the script."""
+    status, stdout, stderr = in_own_process(actgen, launcher=TWO_PROCESSES, **FOLDER[actgen] | mine)
     assert status == 0 and "8 images generated" in stdout, stderr
     assert {picture.name for picture in mine["out"].glob("**/*.png")} >= {"inside.png", "curves.png"}
 
@@ -882,11 +882,8 @@ def test_two_processes_take_the_steps_of_one(striped, tmp_path):
         | dict(classifier="vit_small_patch16_224", optimizer="sgd", lr=0.05, batch_size=48)
     )
     exact |= dict(real_only=True, synthetic_ratio=2.0, epochs=3, eval_every=1)
-    outcomes = [
-        in_own_process(dreamda, launcher=TWO_PROCESSES, **exact, out=tmp_path / "two"),
-        in_this_process(dreamda, **exact, out=tmp_path / "one"),
-    ]
-    assert [status for status, *_ in outcomes] == [0, 0], outcomes
+    assert in_two_children(lambda: in_this_process(dreamda, **exact, out=tmp_path / "two")) == [0, 0]
+    assert in_this_process(dreamda, **exact, out=tmp_path / "one")[0] == 0
     logs = [lines_of(tmp_path / name / "metrics.jsonl") for name in ("two", "one")]
     two, one = ([line["scores"]["test"]["nll"] for line in log] for log in logs)
     assert two == pytest.approx(one, rel=1e-2) and one[2] != pytest.approx(one[0], rel=0.1)
