@@ -871,9 +871,11 @@ def test_captioned_pictures_take_any_caption(tmp_path):
     captions = ["a photo of a $1 <two|0>, $_^", "word " * 60, ""]
     common.save_captioned(images, captions, tmp_path / "grid.png", 2)
     pixels = np.asarray(Image.open(tmp_path / "grid.png").convert("RGB"))
-    for colour, (top, left) in zip(colours, [(0, 0), (0, 1), (1, 0)], strict=True):
+    places, shapes = [(0, 0), (0, 1), (1, 0)], [1, 1.5, 1]  # height over width
+    for colour, (top, left), shape in zip(colours, places, shapes, strict=True):
         rows, columns = np.nonzero((pixels == colour).all(2))
         height, width = pixels.shape[0] / 2, pixels.shape[1] / 2
+        assert np.ptp(rows) / np.ptp(columns) == pytest.approx(shape, rel=0.02)
         assert len(rows) > 1000
         assert top * height <= rows.min() and rows.max() <= (top + 1) * height
         assert left * width <= columns.min() and columns.max() <= (left + 1) * width
