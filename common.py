@@ -1054,39 +1054,46 @@ def generator(*key: int) -> torch.Generator:
 
 
 def make_optimizer(
-    name: str, model: nn.Module, lr: float, weight_decay: float, head_lr: float = 1.0
+    name: str, model: nn.Module, lr: float, weight_decay: float, rates: dict[nn.Module, float] | None = None
 ) -> torch.optim.Optimizer:
     """ "sgd" (momentum 0.9), "adam" or "adamw" over the parameters that require a gradient.
 
-    head_lr: the learning rate of the last linear layer, in multiples of lr; set_lr keeps to it
+    rates: for parts of the model their learning rates, in multiples of lr; set_lr keeps to them
     """
     kinds = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
     check_choice("optimizer", name, kinds)
     options = {"momentum": 0.9} if name == "sgd" else {}
-    head = {*last_linear(model)[1].parameters()}
-    parts = [p for p in model.parameters() if p not in head], [*head]
+    parts = [(factor, [*part.parameters()]) for part, factor in (rates or {}).items()]
+    apart = {p for _, part in parts for p in part}
+    parts.insert(0, (1.0, [p for p in model.parameters() if p not in apart]))
     groups = [
         {"params": [p for p in part if p.requires_grad], "lr": factor * lr, "factor": factor}
-        for part, factor in zip(parts, (1.0, head_lr), strict=True)
+        for factor, part in parts
     ]
     return kinds[name]([group for group in groups if group["params"]], weight_decay=weight_decay, **options)
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Sets the learning rate; that of the last layer in proportion, if the optimizer is make_optimizer's."""
+    """Sets the learning rate; in make_optimizer's optimizers every part's in proportion."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("factor", 1.0)
 
 
-def new_classifier(args, accelerator, class_names: list[str], wrap=lambda net: net):
+def head_rate(args, net: nn.Module) -> dict[nn.Module, float]:
+    """The learning rate of a classifier's last linear layer, for make_optimizer."""
+    return {last_linear(net)[1]: args.head_lr}
+
+
+def new_classifier(args, accelerator, class_names: list[str], wrap=lambda net: net, rates=head_rate):
     """A new classifier by the arguments: (the network, the model to train over all processes, its optimizer).
 
     wrap: changes the network before the optimizer sees it, such as a frozen backbone or several heads
+    rates: gives, from (args, network), the learning rates of its parts, as make_optimizer takes them
     """
     torch.manual_seed(args.seed)
     net = wrap(build_classifier(args.classifier, class_names, args.image_size, args.pretrained, args.clip))
     net = net.to(memory_format=torch.channels_last)  # faster convolutions
-    optimizer = make_optimizer(args.optimizer, net, args.lr, args.weight_decay, args.head_lr)
+    optimizer = make_optimizer(args.optimizer, net, args.lr, args.weight_decay, rates(args, net))
     return net, *accelerator.prepare(net, optimizer)
 
 

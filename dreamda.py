@@ -65,6 +65,7 @@ class Args(common.RunArgs):
         help="labels of synthetic images: amst, seed (their source's), head, soft, clip; on digits truth",
     )
     heads: int = number("[2, 100]", "number of auxiliary heads of AMST", 4)
+    auxiliary_lr: float | None = number("(0, 1000]", "learning rate of these heads, in multiples of --lr")
     threshold: float | None = number("[0, 1]", "tau, least confidence of a pseudo-label")
     auxiliary_weight: float = number("[0, 1000]", "w_a, weight of L_aux", 0.2)
     orthogonality_weight: float = number("[0, 1000]", "w_o, weight of L_orth", 0.1)
@@ -107,6 +108,7 @@ SD15 = dict(
     eval_every=5,
     workers=8,
     # self-training
+    auxiliary_lr=1.0,
     threshold=0.95,
     consistency_weight=1.0,
 )
@@ -137,10 +139,10 @@ RECIPES = {name: SD15 for name in common.DATASETS} | {
         batch_size=8,
         optimizer="adamw",
         lr=1e-3,
-        head_lr=16.0,  # the heads are new, and AMST's have to label the pool within the first epochs
         weight_decay=0.05,
         workers=0,
         # self-training
+        auxiliary_lr=32.0,  # these heads are new, and have to label the pool within the first epochs
         threshold=0.3,  # the four heads' agreement counts for more than their confidence
     ),
 }
@@ -435,20 +437,17 @@ class MultiHead(nn.Module):
 
     def __init__(self, classifier: nn.Module, heads: int):
         super().__init__()
-        self.backbone, last = common.split_head(classifier)
-        self.classes = last.out_features
-        self.linear = nn.Linear(last.in_features, (1 + heads) * self.classes)
-        self.to(memory_format=torch.channels_last)  # faster convolutions
-        with torch.no_grad():
-            self.linear.weight[: self.classes] = last.weight
-            self.linear.bias[: self.classes] = 0 if last.bias is None else last.bias
+        self.backbone, self.main = common.split_head(classifier)
+        size = self.main.in_features, self.main.out_features
+        self.auxiliary = nn.ModuleList(nn.Linear(*size) for _ in range(heads))
 
     def forward(self, x):
-        return self.linear(self.backbone(x)).unflatten(1, (-1, self.classes))
+        features = self.backbone(x)
+        return torch.stack([head(features) for head in (self.main, *self.auxiliary)], 1)
 
     def auxiliary_weights(self) -> torch.Tensor:
         """W_1..W_A: [A, K, d]."""
-        return self.linear.weight.unflatten(0, (-1, self.classes))[1:]
+        return torch.stack([head.weight for head in (self.main, *self.auxiliary)])[1:]
 
 
 # choice: the paper only says that every head has an augmentation of its own. Each takes images x [B, 3, H, W]
@@ -787,13 +786,22 @@ CLASSIFIERS = {  # the names in reports of classifiers that are trained on real 
 }
 
 
+def learning_rates(args: Args, net: MultiHead) -> dict[nn.Module, float]:
+    """The learning rates of the heads, for common.make_optimizer."""
+    # choice: the auxiliary heads have a rate of their own: they must learn before the main head does, and the
+    # backbone and the main head then learn as the baselines' do
+    return {net.main: args.head_lr, net.auxiliary: args.auxiliary_lr}
+
+
 def train(args: Args, run: common.Run, accelerator, data: common.Data, pool: Pool | None, labels: str):
     """Trains a classifier on real images and, with a pool, on the pool's images with the chosen labels.
 
     Returns its scores on each split, and the pool's final targets [N, K] and which are labelled [N].
     """
     heads, names = args.heads if labels == "amst" else 0, data.class_names
-    net, model, optimizer = common.new_classifier(args, accelerator, names, lambda net: MultiHead(net, heads))
+
+    wrap = partial(MultiHead, heads=heads)
+    net, model, optimizer = common.new_classifier(args, accelerator, names, wrap, learning_rates)
     weights = dict(
         w_a=args.auxiliary_weight,
         w_o=args.orthogonality_weight,

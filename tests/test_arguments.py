@@ -112,6 +112,7 @@ REFUSED = {  # values that no run can mean, for every script that has the argume
     "--source_guidance": "nan inf -1",
     "--noise_scale": "nan inf -1",
     "--heads": "-1 0 1",
+    "--auxiliary_lr": "nan inf 0 -1",
     "--threshold": "nan -0.1 7",
     "--auxiliary_weight": "nan inf -1",
     "--orthogonality_weight": "nan inf -1",
@@ -502,13 +503,17 @@ def test_classifiers_are_trained_with_the_label_smoothing_that_is_asked_for(scri
 
 
 @pytest.mark.usefixtures("quick")
-@pytest.mark.parametrize("script", [actgen, dreamda, diagen])
-def test_the_last_layer_learns_at_the_rate_that_is_asked_for(script, tiny, monkeypatch):
+@pytest.mark.parametrize(
+    "script, real_only, expected",
+    [(actgen, True, (3,)), (diagen, True, (3,)), (dreamda, True, (3,)), (dreamda, False, (3, 5))],
+)
+def test_heads_learn_at_the_rates_that_are_asked_for(script, real_only, expected, tiny, monkeypatch):
+    """DreamDA's auxiliary heads, which it has if it labels images, have a rate of their own."""
     rates, make = set(), common.make_optimizer
 
     def spy(optimizer, *_):
-        backbone, head = (group["lr"] for group in optimizer.param_groups)
-        rates.add(round(head / backbone, 6))
+        backbone, *heads = (group["lr"] for group in optimizer.param_groups)
+        rates.add(tuple(round(head / backbone, 6) for head in heads))
 
     def record(*args, **options):
         optimizer = make(*args, **options)
@@ -516,9 +521,9 @@ def test_the_last_layer_learns_at_the_rate_that_is_asked_for(script, tiny, monke
         return optimizer
 
     monkeypatch.setattr(common, "make_optimizer", record)
-    training = dict(real_only=True, frozen=False, warmup=0, head_lr=3)
+    training = dict(real_only=real_only, frozen=False, warmup=0, head_lr=3, auxiliary_lr=5)
     status, _, stderr = in_this_process(script, **tiny(script, **training))
-    assert status == 0 and rates == {3.0}, stderr
+    assert status == 0 and rates == {expected}, stderr
 
 
 @pytest.mark.usefixtures("quick")

@@ -262,7 +262,7 @@ def test_the_last_layer_learns_at_its_own_rate(name):
         net = torch.nn.Sequential(torch.nn.Linear(5, 4), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 3))
         net[0].bias.requires_grad_(False)
         twin = copy.deepcopy(net)
-        optimizer = common.make_optimizer(name, net, 0.1, 0.05, head_lr)
+        optimizer = common.make_optimizer(name, net, 0.1, 0.05, {net[2]: head_lr})
         body, head = [p for p in twin[:2].parameters() if p.requires_grad], [*twin[2].parameters()]
         parts = [body + head] if head_lr == 1 else [body, head]
         references = [kind(part, 0.1, weight_decay=0.05) for part in parts]
