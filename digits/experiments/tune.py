@@ -34,6 +34,7 @@ VARIATIONS = [
     for noise, scale in ((3.0, 4.0), (6.0, 4.0), (12.0, 4.0), (24.0, 4.0))
 ]
 FAST = dict(head_lr=16.0)  # tried last, for the methods of dreamda.py
+LONG = dict(epochs=30)  # twice as many, for these, too
 IMAGES = ("noise_scale", "guidance_scale", "paths")  # what DreamDA's images depend on
 TRIALS = {
     compare.BASE: [
@@ -41,26 +42,26 @@ TRIALS = {
         dict(small_batch=True),
         dict(lr=3e-4),
         dict(augment="digits+randaugment"),
+        LONG,
         FAST,
-        FAST | dict(epochs=30),
+        FAST | LONG,
     ],
     compare.TEXT: [dict(guidance_scale=scale) for scale in (1.0, 2.0, 4.0, 7.5)],
-    "DreamDA, seed labels": [*VARIATIONS, VARIATIONS[2] | FAST],
+    "DreamDA, seed labels": [*VARIATIONS, VARIATIONS[2] | LONG, VARIATIONS[2] | FAST],
     "DreamDA": [
-        VARIATIONS[2] | dict(threshold=threshold, auxiliary_weight=weight)
-        for threshold, weight in ((0.8, 0.05), (0.8, 0.2), (0.5, 0.2), (0.3, 0.2))
-    ]
-    + [
-        VARIATIONS[2] | FAST | changes
+        VARIATIONS[2] | changes
         for changes in (
-            dict(threshold=0.3),
-            dict(threshold=0.7),
-            dict(epochs=30),
-            dict(noise_scale=6.0, guidance_scale=7.5),
-            dict(paths=0),
+            *(dict(auxiliary_lr=rate) for rate in (1.0, 8.0, 16.0, 32.0, 64.0)),
+            *(LONG | dict(auxiliary_lr=rate) for rate in (16.0, 32.0, 64.0)),
+            LONG | dict(auxiliary_lr=16.0, threshold=0.7),
+            LONG | dict(auxiliary_lr=16.0, auxiliary_weight=0.5),
+            LONG | dict(burn_in=0.2),
+            LONG | dict(burn_in=0.99),
+            FAST,
+            FAST | LONG,
         )
     ],
-    "DreamDA, true labels": [VARIATIONS[2] | FAST, VARIATIONS[2] | FAST | dict(paths=0)],
+    "DreamDA, true labels": [VARIATIONS[2], VARIATIONS[2] | LONG, VARIATIONS[2] | FAST],
     "DIAGen": EDITS,
     "DA-Fusion": EDITS,
     "Real Guidance": EDITS,
