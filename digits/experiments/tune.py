@@ -127,7 +127,7 @@ def trial(name: str, changes: dict, seed: int, out: Path, images: int, dials: di
     """
 
     def folder_of(name: str, changes: dict) -> Path:
-        return out / f"s{seed}" / name.replace(" ", "-") / "-".join(f"{v}" for v in changes.values())
+        return out / f"s{seed}" / name.replace(" ", "-") / "-".join(f"{k}={v}" for k, v in changes.items())
 
     folder = folder_of(name, changes)
     kept, first = folder / "trial.json", compare.Comparison(16, images, seed, out / f"s{seed}", **dials)
