@@ -495,15 +495,15 @@ HEAD_AUGMENTATIONS = {
 
 
 def all_views(x: torch.Tensor, u: torch.Tensor, heads: int) -> torch.Tensor:
-    """The heads' views a_1(x)..a_A(x) of each image, [B, heads, 3, H, W]; u: [B, 5 heads]."""
+    """The views [B, 1 + heads, 3, H, W] of each image: x itself and a_1(x)..a_A(x); u: [B, 5 heads]."""
     own = zip(u.split(5, 1), itertools.cycle(HEAD_AUGMENTATIONS.values()), strict=False)
-    return torch.stack([augmentation(x, numbers[:, :n]) for numbers, (augmentation, n) in own], 1)
+    return torch.stack([x, *(augmentation(x, numbers[:, :n]) for numbers, (augmentation, n) in own)], 1)
 
 
 def make_views(size: int, augment: str, heads: int) -> tuple[common.Transform, common.Transform]:
-    """The transforms of real images x to a_1(x)..a_A(x), and of the pool's images u to strong(u).
+    """The transforms of real images to the views x, a_1(x)..a_A(x), and of the pool's images to strong(u).
 
-    A fifth head has the first one's augmentation. Without heads a real image has its standard view alone.
+    A fifth head has the first one's augmentation. Without heads a real image has its standard view x alone.
     """
     real, strong = (common.make_transforms(size, augment)[0] for _ in range(2))
     if heads:
@@ -548,10 +548,10 @@ def self_training_loss(
     """The loss of a batch of B real images x and U synthetic images u.
 
         (7)   L_aux = sum_k CE(W_k f(a_k(x)), y)
-        (11)  L     = CE(W_0 f(a_k(x)), y) + w_a L_aux + w_o L_orth
+        (11)  L     = CE(W_0 f(x), y) + w_a L_aux + w_o L_orth
                       + mean over u of CE(W_0 f(strong(u)), y^(u)) if u is labelled, else w_c L_cons
 
-    real: logits [B, 1 + A, K] by every head, of a_k(x), without auxiliary heads of x; y: [B]
+    real: logits [2, B, 1 + A, K] by every head, of x and of a_k(x), or [1, B, 1, K] if A is 0; y: [B]
     head: [B], the k of each image, 1 to A
     synthetic: logits [U, 1 + A, K] of the strong views
     targets: classes [U] or probabilities [U, K]; labelled: [U] bools
@@ -559,11 +559,11 @@ def self_training_loss(
     auxiliary: the weights W_1..W_A [A, K, d]. A and U may be 0.
     smoothing: label smoothing of the main head's cross-entropies
     """
-    # choice: each image of a batch is shown to one auxiliary head, in the next step to another, and the main
-    # head learns from the same view. So (7) is estimated, and a step takes as many images as by other labels.
-    loss = F.cross_entropy(real[:, 0], y, label_smoothing=smoothing)
+    # choice: each image of a batch is shown to one auxiliary head, in the next step to another. So (7) is
+    # estimated, and costs one more view of each image instead of A.
+    loss = F.cross_entropy(real[0, :, 0], y, label_smoothing=smoothing)
     if A := len(auxiliary):
-        own = real[torch.arange(len(y), device=y.device), head]  # W_k f(a_k(x))
+        own = real[1, torch.arange(len(y), device=y.device), head]  # W_k f(a_k(x))
         # choice: the auxiliary heads' labels are not smoothed, because their confidence decides in (9)
         loss = loss + w_a * A * F.cross_entropy(own, y) + w_o * orthogonality_loss(auxiliary)  # (7)
     if len(synthetic):
@@ -748,7 +748,7 @@ def pool_batch(args: Args) -> int:
 def make_loaders(args: Args, accelerator, data: common.Data, heads: int, pool: Pool | None, alone: bool):
     """The loaders of the views of real images and of the pool's strong views, and an epoch's steps.
 
-    alone: without the pool's images; as many real ones take their places
+    alone: without the pool's images; as many real ones, or views of real ones, take their places
     In the place of its label an image has its index.
     """
     views, strong_view = make_views(args.image_size, args.augment, heads)
@@ -757,7 +757,10 @@ def make_loaders(args: Args, accelerator, data: common.Data, heads: int, pool: P
     # choice: an epoch is one pass over the pool; without a pool it has as many steps, of as many images
     count = len(pool.images) if pool else len(real) * args.variations + args.unlabelled
     steps = max(1, count // pool_batch(args))
-    size = args.batch_size + pool_batch(args) if alone else args.batch_size
+    size = args.batch_size
+    if alone:
+        more = pool_batch(args) // (2 if heads else 1)  # with heads a real image is there twice, x and a_k(x)
+        size += more - more % accelerator.num_processes
     loaders = [common.Loader(real, size, accelerator, args.workers, steps * size)]
     if not alone:
         strong = pool.images.transformed(strong_view)
@@ -833,10 +836,11 @@ def train(args: Args, run: common.Run, accelerator, data: common.Data, pool: Poo
             common.set_lr(optimizer, args.lr * common.cosine(progress, args.warmup))
             head = 1 + (i + step) % max(1, heads)  # every image has its turn with every head
             if heads:
-                x = x[torch.arange(len(i), device=i.device), head - 1]
+                x = torch.cat([x[:, 0], x[torch.arange(len(i), device=i.device), head]])  # x, then a_k(x)
             with accelerator.autocast():
                 on_real, on_pool = model(torch.cat([x, u])).float().split([len(x), len(u)])
-                known, guessed = (on_real, classes[i], head), (on_pool, targets[j], labelled[j], weak[j])
+                known = on_real.unflatten(0, (-1, len(i))), classes[i], head
+                guessed = on_pool, targets[j], labelled[j], weak[j]
                 loss = self_training_loss(*known, *guessed, net.auxiliary_weights(), **weights)
             optimizer.zero_grad(set_to_none=True)
             accelerator.backward(loss)

@@ -424,7 +424,7 @@ def test_targets_by_every_kind_of_label():
 
 def test_the_training_loss_equals_its_formula():
     """2 auxiliary heads, 4 real and 4 synthetic images of 5 classes, every term from its definition."""
-    real, synthetic = torch.randn(4, 3, 5).double(), torch.randn(4, 3, 5).double()
+    real, synthetic = torch.randn(2, 4, 3, 5).double(), torch.randn(4, 3, 5).double()
     head, seen = torch.tensor([1, 2, 2, 1]), {1: (0, 3), 2: (1, 2)}  # which images each head sees
     y, targets = torch.tensor([0, 4, 2, 2]), torch.tensor([1, 0, 3, 3])
     labelled, weak = torch.tensor([True, False, True, False]), torch.randn(4, 5).double().softmax(1)
@@ -435,8 +435,8 @@ def test_the_training_loss_equals_its_formula():
         return -(1 - smoothing) * log_p[label] - smoothing * log_p.mean()
 
     terms = {
-        "main": np.mean([cross_entropy(real[b, 0], y[b]) for b in range(4)]),
-        "w_a": sum(np.mean([cross_entropy(real[b, k], y[b]) for b in seen[k]]) for k in (1, 2)),
+        "main": np.mean([cross_entropy(real[0, b, 0], y[b]) for b in range(4)]),
+        "w_a": sum(np.mean([cross_entropy(real[1, b, k], y[b]) for b in seen[k]]) for k in (1, 2)),
         "w_o": dreamda.orthogonality_loss(auxiliary).item(),
         "labelled": sum(cross_entropy(synthetic[u, 0], targets[u]) for u in (0, 2)) / 4,
         "w_c": sum((synthetic[u, 0].softmax(0) - weak[u]).square().sum().item() for u in (1, 3)) / 4,
@@ -447,9 +447,9 @@ def test_the_training_loss_equals_its_formula():
         loss = dreamda.self_training_loss(*known, *guessed, auxiliary, **weights)
         expected = sum(weights.get(name, 1.0) * value for name, value in terms.items())
         assert loss.item() == pytest.approx(expected)
-    plain = (real[:, :1], y, head, synthetic[:0], targets[:0], labelled[:0], weak[:0], auxiliary[:0])
+    plain = (real[:1, :, :1], y, head, synthetic[:0], targets[:0], labelled[:0], weak[:0], auxiliary[:0])
     assert dreamda.self_training_loss(*plain).item() == pytest.approx(terms["main"])
-    smooth = np.mean([cross_entropy(real[b, 0], y[b], 0.3) for b in range(4)])
+    smooth = np.mean([cross_entropy(real[0, b, 0], y[b], 0.3) for b in range(4)])
     assert dreamda.self_training_loss(*plain, smoothing=0.3).item() == pytest.approx(smooth)
     # the labels of synthetic images are smoothed, those of the auxiliary heads are not
     of_pool = sum(cross_entropy(synthetic[u, 0], targets[u], 0.3) for u in (0, 2)) / 4
@@ -491,7 +491,7 @@ def test_heads_that_learn_the_same_stay_different_by_the_orthogonality_loss_alon
 def test_views_are_images_of_the_classifiers_size(augment, sources):
     image = common.to_pil(sources[0][0]).resize((48, 40))
     for transform, shape in zip(
-        dreamda.make_views(32, augment, 6), [(6, 3, 32, 32), (3, 32, 32)], strict=True
+        dreamda.make_views(32, augment, 6), [(7, 3, 32, 32), (3, 32, 32)], strict=True
     ):
         views = torch.stack([transform(image) for _ in range(20)])
         assert views.shape == (20, *shape) and views.dtype == torch.float32
@@ -502,8 +502,8 @@ def test_views_are_images_of_the_classifiers_size(augment, sources):
 def test_every_head_has_an_augmentation_of_its_own(sources):
     (real, _), x = dreamda.make_views(32, "none", 6), (255 * sources[0][:1]).byte().expand(120, -1, -1, -1)
     views = real.augment(x, torch.rand(120, real.draws))
-    assert views.shape == (120, 6, 3, 32, 32)
-    own, x = views.transpose(0, 1), x / 255
+    assert views.shape == (120, 7, 3, 32, 32) and torch.equal(views[:, 0], x / 255)
+    (x, *own) = views.transpose(0, 1)
     assert [*dreamda.HEAD_AUGMENTATIONS] == ["geometry", "colour", "blur", "erase"]
     for one, two in itertools.combinations(range(4), 2):
         assert (own[one] - own[two]).abs().max() > 0.1
@@ -558,7 +558,7 @@ def steps(monkeypatch):
     loss, shown = dreamda.self_training_loss, []
 
     def record(real, y, head, synthetic, *others, **weights):
-        shown.append((head, (len(real), len(synthetic))))
+        shown.append((head, (*real.shape[:2], len(synthetic))))
         return loss(real, y, head, synthetic, *others, **weights)
 
     monkeypatch.setattr(dreamda, "self_training_loss", record)
@@ -566,7 +566,7 @@ def steps(monkeypatch):
 
 
 def test_a_step_shows_each_real_image_to_one_auxiliary_head_and_the_steps_to_all(tmp_path, steps):
-    """So a step takes B + U images, as with the sources' labels."""
+    """So a step takes 2 B + U images, x, a_k(x) and u, where one with the sources' labels takes B + U."""
     training = dict(epochs=4, eval_every=4, batch_size=8, image_size=16, augment="none", threshold=0.8)
     args = arguments(tmp_path, **training)
     data = common.Data([*"abcd"], stripes(8, 0), stripes(8, 2))
@@ -574,7 +574,7 @@ def test_a_step_shows_each_real_image_to_one_auxiliary_head_and_the_steps_to_all
     pool = dreamda.Pool(pool, torch.tensor(pool.labels))
     dreamda.train(args, run, common.make_accelerator(), data, pool, "amst")
     shown, rows = zip(*steps, strict=True)
-    assert set(rows) == {(8, 16)} and len(rows) == 24
+    assert set(rows) == {(2, 8, 16)} and len(rows) == 24
     # each batch holds the same eight images, so in four steps every one of them has seen every head
     counts = torch.stack([(torch.cat(shown) == k).sum() for k in (1, 2, 3, 4)])
     assert counts.sum() == 24 * 8 and (counts == 48).all()
@@ -596,7 +596,8 @@ def test_before_it_labels_images_the_classifier_learns_from_as_many_real_ones(tm
         losses.append([line["loss"] for line in log])
         assert [line["pool"] for line in log] == ([32] * 4 if labels == "seed" else [0, 0, 32, 32])
     rows = [row for _, row in steps]
-    assert rows == ([(8, 16)] * 16 if labels == "seed" else ([(24, 0)] * 4 + [(8, 16)] * 4) * 2)
+    burning, after = ((2, 16, 0), (2, 8, 16)) if labels == "amst" else ((1, 24, 0), (1, 8, 16))
+    assert rows == [after] * 16 if labels == "seed" else ([burning] * 4 + [after] * 4) * 2
     first, second = losses
     assert [a == b for a, b in zip(first, second, strict=True)][:2] == [labels != "seed"] * 2
     assert first[3] != second[3]

@@ -75,13 +75,13 @@ def test_self_training_and_weights_work_on_images_of_all_three_methods(folder):
         with torch.no_grad():
             weak = net.eval()(u)
         targets, labelled = dreamda.synthetic_targets("amst", weak, threshold=0.5)
-        head = 1 + (torch.arange(len(x)) + step) % 4  # of each image; put your augmentations of x here
-        logits = net.train()(torch.cat([x, u]))
+        head = 1 + (torch.arange(len(x)) + step) % 4  # of each image
+        logits = net.train()(torch.cat([x, x, u]))  # put your augmentations in the second place
         loss = dreamda.self_training_loss(
-            logits[: len(x)],
+            logits[: 2 * len(x)].unflatten(0, (2, -1)),
             y,
             head,
-            logits[len(x) :],
+            logits[2 * len(x) :],
             targets,
             labelled,
             weak[:, 0].softmax(1),
