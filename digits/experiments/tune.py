@@ -35,7 +35,7 @@ VARIATIONS = [
 ]
 FAST = dict(head_lr=16.0)  # tried last, for the methods of dreamda.py
 LONG = dict(epochs=30)  # twice as many, for these, too
-IMAGES = ("noise_scale", "guidance_scale", "paths")  # what DreamDA's images depend on
+SOURCE, IMAGES = "DreamDA, seed labels", ("noise_scale", "guidance_scale")  # what DreamDA's images depend on
 TRIALS = {
     compare.BASE: [
         {},
@@ -47,7 +47,7 @@ TRIALS = {
         FAST | LONG,
     ],
     compare.TEXT: [dict(guidance_scale=scale) for scale in (1.0, 2.0, 4.0, 7.5)],
-    "DreamDA, seed labels": [*VARIATIONS, VARIATIONS[2] | LONG, VARIATIONS[2] | FAST],
+    SOURCE: [*VARIATIONS, VARIATIONS[2] | LONG, VARIATIONS[2] | FAST],
     "DreamDA": [
         VARIATIONS[2] | changes
         for changes in (
@@ -132,9 +132,9 @@ def trial(name: str, changes: dict, seed: int, out: Path, images: int, dials: di
             first.run("DA-Fusion")
             changes = changes | dict(embeddings=first.tokens())
         drawn = {key: changes[key] for key in IMAGES if key in changes}
-        if name.startswith("DreamDA") and changes != drawn:
-            trial("DreamDA, seed labels", drawn, seed, out, images, dials)
-            images_of = folder_of("DreamDA, seed labels", drawn) / "DreamDA, seed labels"
+        if name.startswith("DreamDA") and (name, changes) != (SOURCE, drawn):
+            trial(SOURCE, drawn, seed, out, images, dials)
+            images_of = folder_of(SOURCE, drawn) / SOURCE
             changes = changes | dict(synthetic=str(images_of))
         scores, synthetic, _ = compare.Comparison(16, images, seed, folder, **dials).run(name, **changes)
         right = compare.distances(synthetic, dials["style"])["oracle"] if synthetic else math.nan
