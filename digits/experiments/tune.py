@@ -51,13 +51,15 @@ TRIALS = {
     "DreamDA": [
         VARIATIONS[2] | changes
         for changes in (
-            {},
-            *(LONG | dict(auxiliary_lr=rate) for rate in (1.0, 16.0, 32.0, 64.0)),
+            dict(auxiliary_lr=1.0),
+            dict(auxiliary_lr=16.0),
+            dict(auxiliary_lr=16.0, auxiliary_weight=0.5),
+            LONG,
             LONG | dict(burn_in=0.99),  # the heads alone, without their labels
             FAST | LONG,
         )
     ],
-    "DreamDA, true labels": [VARIATIONS[2], VARIATIONS[2] | LONG, VARIATIONS[2] | FAST],
+    "DreamDA, true labels": [VARIATIONS[2], VARIATIONS[2] | FAST],
     "DIAGen": EDITS,
     "DA-Fusion": EDITS,
     "Real Guidance": EDITS,
