@@ -802,7 +802,6 @@ def train(args: Args, run: common.Run, accelerator, data: common.Data, pool: Poo
     Returns its scores on each split, and the pool's final targets [N, K] and which are labelled [N].
     """
     heads, names = args.heads if labels == "amst" else 0, data.class_names
-
     wrap = partial(MultiHead, heads=heads)
     net, model, optimizer = common.new_classifier(args, accelerator, names, wrap, learning_rates)
     weights = dict(

@@ -505,15 +505,23 @@ def test_classifiers_are_trained_with_the_label_smoothing_that_is_asked_for(scri
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize(
     "script, real_only, expected",
-    [(actgen, True, (3,)), (diagen, True, (3,)), (dreamda, True, (3,)), (dreamda, False, (3, 5))],
+    [
+        (actgen, True, [(3, 2)]),
+        (diagen, True, [(3, 2)]),
+        (dreamda, True, [(3, 2)]),
+        (dreamda, False, [(3, 2), (5, 4 * 2)]),
+    ],
 )
 def test_heads_learn_at_the_rates_that_are_asked_for(script, real_only, expected, tiny, monkeypatch):
-    """DreamDA's auxiliary heads, which it has if it labels images, have a rate of their own."""
+    """DreamDA's four auxiliary heads, which it has if it labels images, have a rate of their own.
+
+    expected: of each group of heads its rate and the number of its weights and biases
+    """
     rates, make = set(), common.make_optimizer
 
     def spy(optimizer, *_):
-        backbone, *heads = (group["lr"] for group in optimizer.param_groups)
-        rates.add(tuple(round(head / backbone, 6) for head in heads))
+        backbone, *heads = optimizer.param_groups
+        rates.add(tuple((round(head["lr"] / backbone["lr"], 6), len(head["params"])) for head in heads))
 
     def record(*args, **options):
         optimizer = make(*args, **options)
@@ -523,7 +531,7 @@ def test_heads_learn_at_the_rates_that_are_asked_for(script, real_only, expected
     monkeypatch.setattr(common, "make_optimizer", record)
     training = dict(real_only=real_only, frozen=False, warmup=0, head_lr=3, auxiliary_lr=5)
     status, _, stderr = in_this_process(script, **tiny(script, **training))
-    assert status == 0 and rates == {expected}, stderr
+    assert status == 0 and rates == {tuple(expected)}, stderr
 
 
 @pytest.mark.usefixtures("quick")
