@@ -791,8 +791,8 @@ CLASSIFIERS = {  # the names in reports of classifiers that are trained on real 
 
 def learning_rates(args: Args, net: MultiHead) -> dict[nn.Module, float]:
     """The learning rates of the heads, for common.make_optimizer."""
-    # choice: the auxiliary heads have a rate of their own: they must learn before the main head does, and the
-    # backbone and the main head then learn as the baselines' do
+    # choice: the auxiliary heads have a rate of their own. They are new, and have to label the pool while the
+    # main head still has something to learn. Fast, they also spoil pretrained features less.
     return {net.main: args.head_lr, net.auxiliary: args.auxiliary_lr}
 
 
