@@ -142,7 +142,7 @@ RECIPES = {name: SD15 for name in common.DATASETS} | {
         weight_decay=0.05,
         workers=0,
         # self-training
-        auxiliary_lr=32.0,  # these heads are new, and have to label the pool within the first epochs
+        auxiliary_lr=32.0,  # slower ones stay alike
         threshold=0.3,  # the four heads' agreement counts for more than their confidence
     ),
 }
@@ -791,8 +791,8 @@ CLASSIFIERS = {  # the names in reports of classifiers that are trained on real 
 
 def learning_rates(args: Args, net: MultiHead) -> dict[nn.Module, float]:
     """The learning rates of the heads, for common.make_optimizer."""
-    # choice: the auxiliary heads have a rate of their own. They are new, and have to label the pool while the
-    # main head still has something to learn. Fast, they also spoil pretrained features less.
+    # choice: the auxiliary heads have a rate of their own. They are new: beside a pretrained backbone slow ones
+    # stay alike, and their gradients spoil its features.
     return {net.main: args.head_lr, net.auxiliary: args.auxiliary_lr}
 
 
