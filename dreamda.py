@@ -791,8 +791,8 @@ CLASSIFIERS = {  # the names in reports of classifiers that are trained on real 
 
 def learning_rates(args: Args, net: MultiHead) -> dict[nn.Module, float]:
     """The learning rates of the heads, for common.make_optimizer."""
-    # choice: the auxiliary heads, which are new, have a rate of their own. Beside a pretrained backbone slow ones
-    # stay alike, and AMST gains less.
+    # choice: the auxiliary heads, which are new, have a rate of their own. Beside a pretrained backbone slow
+    # ones stay alike, and AMST gains less.
     return {net.main: args.head_lr, net.auxiliary: args.auxiliary_lr}
 
 
