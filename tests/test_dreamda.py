@@ -597,7 +597,7 @@ def test_before_it_labels_images_the_classifier_learns_from_as_many_real_ones(tm
         assert [line["pool"] for line in log] == ([32] * 4 if labels == "seed" else [0, 0, 32, 32])
     rows = [row for _, row in steps]
     burning, after = ((2, 16, 0), (2, 8, 16)) if labels == "amst" else ((1, 24, 0), (1, 8, 16))
-    assert rows == [after] * 16 if labels == "seed" else ([burning] * 4 + [after] * 4) * 2
+    assert rows == ([after] * 16 if labels == "seed" else ([burning] * 4 + [after] * 4) * 2)
     first, second = losses
     assert [a == b for a, b in zip(first, second, strict=True)][:2] == [labels != "seed"] * 2
     assert first[3] != second[3]
