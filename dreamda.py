@@ -65,7 +65,7 @@ class Args(common.RunArgs):
         help="labels of synthetic images: amst, seed (their source's), head, soft, clip; on digits truth",
     )
     heads: int = number("[2, 100]", "number of auxiliary heads of AMST", 4)
-    auxiliary_lr: float | None = number("(0, 1000]", "learning rate of these heads, in multiples of --lr")
+    auxiliary_lr: float | None = number("(0, 1000]", "learning rate of auxiliary heads, in multiples of --lr")
     threshold: float | None = number("[0, 1]", "tau, least confidence of a pseudo-label")
     auxiliary_weight: float = number("[0, 1000]", "w_a, weight of L_aux", 0.2)
     orthogonality_weight: float = number("[0, 1000]", "w_o, weight of L_orth", 0.1)
