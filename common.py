@@ -1063,9 +1063,10 @@ def make_optimizer(
     kinds = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
     check_choice("optimizer", name, kinds)
     options = {"momentum": 0.9} if name == "sgd" else {}
-    parts = [(factor, [*part.parameters()]) for part, factor in (rates or {}).items()]
-    apart = {p for _, part in parts for p in part}
-    parts.insert(0, (1.0, [p for p in model.parameters() if p not in apart]))
+    rates = rates or {}
+    apart = {p for part in rates for p in part.parameters()}
+    rest = [p for p in model.parameters() if p not in apart]
+    parts = [(1.0, rest), *((factor, part.parameters()) for part, factor in rates.items())]
     groups = [
         {"params": [p for p in part if p.requires_grad], "lr": factor * lr, "factor": factor}
         for factor, part in parts

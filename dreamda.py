@@ -812,7 +812,7 @@ def train(args: Args, run: common.Run, accelerator, data: common.Data, pool: Poo
     )
     classes = torch.tensor(data.train.labels, device=accelerator.device)
     # choice: labels are no better than the classifier that gives them, so one that was not pretrained learns
-    # from real images alone first, from as many in a step
+    # from real images alone first, in steps of the same size
     burn_in = int(args.burn_in * args.epochs) if pool and pool.given(labels) is None else 0
     loaders = None
 

@@ -470,6 +470,13 @@ def test_the_main_head_is_the_classifiers_own(name):
     assert torch.allclose(logits[:, 1:], torch.einsum("akd,bd->bak", heads, features) + bias, atol=1e-4)
 
 
+def test_a_main_head_without_bias_starts_without():
+    classifier = nn.Sequential(nn.Flatten(), nn.Linear(12, 3, bias=False))
+    x = torch.rand(5, 3, 2, 2)
+    expected = classifier(x)
+    assert torch.allclose(dreamda.MultiHead(classifier, 2)(x)[:, 0], expected, atol=1e-6)
+
+
 def test_heads_that_learn_the_same_stay_different_by_the_orthogonality_loss_alone():
     features, y, start, end = torch.randn(64, 16), torch.arange(64) % 4, {}, {}
     for weight in (0.0, 0.3):
