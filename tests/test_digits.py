@@ -545,7 +545,7 @@ def test_every_method_trains_for_about_600_steps_on_as_many_images(k, images, tm
     for name in compare.METHODS:
         assert comparison.run(name)[0]["training"] == 1.0
     names = [name for name in compare.METHODS if name in runs]
-    assert len(names) == 16 and {*compare.METHODS} - {*names} == {"CutMix"}
+    assert len(names) == 17 and {*compare.METHODS} - {*names} == {"CutMix"}
     smoothing = {name: runs[name].label_smoothing for name in names}
     assert smoothing == dict.fromkeys(names, 0.2) | {compare.SMOOTHING: 0.1}
     head = {name: runs[name].head_lr for name in names}

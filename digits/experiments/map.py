@@ -30,8 +30,8 @@ import common  # noqa: E402
 from digits import pretrain, world  # noqa: E402
 from digits.experiments import compare  # noqa: E402
 
-OTHERS = [*compare.WITHOUT_IMAGES, *(n for n in compare.METHODS if n.endswith(("published", "true labels")))]
-METHODS = [name for name in compare.METHODS if name not in OTHERS]
+CONTROLS = [name for name in compare.METHODS if name.endswith(("published", "heads alone", "true labels"))]
+METHODS = [name for name in compare.METHODS if name not in compare.WITHOUT_IMAGES + CONTROLS]
 MADE = {(0.0, 898): common.DIGITS_CLEAN, (pretrain.CONFUSION, pretrain.VARIETY): common.DIGITS_SD}
 
 
