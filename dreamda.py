@@ -824,7 +824,7 @@ def train(args: Args, run: common.Run, accelerator, data: common.Data, pool: Poo
         # choice: the pool's images are labelled anew before every epoch, not before every step
         targets, labelled, weak = predict_targets(args, accelerator, model, used, labels)
         run.log(images=len(classes), pool=len(targets), **label_report(targets, labelled, used))
-        if labels in ("amst", "head") and epoch in (0, args.epochs // 2, args.epochs - 1):
+        if pool and labels in ("amst", "head") and epoch in (0, args.epochs // 2, args.epochs - 1):
             run.once(f"votes/{epoch + 1:03d}.pt", inside.votes, args, net, pool)
 
         # one pass over the pool, real images beside it

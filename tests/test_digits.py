@@ -540,12 +540,13 @@ def test_every_method_trains_for_about_600_steps_on_as_many_images(k, images, tm
 
     for script in (actgen, diagen, dreamda):
         monkeypatch.setattr(script, "run_once", record)
-    monkeypatch.setattr(compare, "train_with_cutmix", lambda *args, **arguments: {"training": 1.0})
+    for name in ("train_with_cutmix", "train_heads"):
+        monkeypatch.setattr(compare, name, lambda *args, **arguments: {"training": 1.0})
     comparison = compare.Comparison(k, images, 0, tmp_path, label_smoothing=0.2, head_lr=4.0)
     for name in compare.METHODS:
         assert comparison.run(name)[0]["training"] == 1.0
     names = [name for name in compare.METHODS if name in runs]
-    assert len(names) == 17 and {*compare.METHODS} - {*names} == {"CutMix"}
+    assert len(names) == 16 and {*compare.METHODS} - {*names} == {"CutMix", compare.HEADS}
     smoothing = {name: runs[name].label_smoothing for name in names}
     assert smoothing == dict.fromkeys(names, 0.2) | {compare.SMOOTHING: 0.1}
     head = {name: runs[name].head_lr for name in names}
@@ -606,11 +607,11 @@ def test_the_map_has_a_cell_for_each_world_and_repeats_no_run(compared, tmp_path
     world_map.main(args)
     assert trained == [(common.DIGITS_CLEAN, 0.4, 898), (common.DIGITS_CLEAN, 0.45, 30)]
     made = [(name, found["folder"]) for name, found in compared]
-    assert len(set(made)) == len(made) == 5 * 2 * len(world_map.METHODS) + 2 * 2 * 2  # worlds, styles
+    assert len(set(made)) == len(made) == 5 * 2 * len(world_map.METHODS) + 2 * 2 * 3  # worlds, styles
     worlds = {found["folder"]: (Path(found["diffusion"]).name, found["style"]) for _, found in compared}
     assert worlds["p0-g0.65-v898-s1"] == ("sd_clean", 0.65) and (tmp_path / "map.png").exists()
     rows = (tmp_path / "map.md").read_text("utf-8").splitlines()[2:]
-    assert len(rows) == 5 * (1 + len(world_map.METHODS))
+    assert len(rows) == 5 * (2 + len(world_map.METHODS))
     assert rows[0].startswith("| 0.0 | 0.0 | label smoothing | +") and rows[0].endswith(" |  |  |")
     # from the numbers alone, without generators
     world_map.main(

@@ -13,7 +13,8 @@ all classifiers learn 16 times as fast as the rest.
 The numbers of all runs are collected in --results; what stands there is not run again. Those of RESULTS.md
 are in map.json beside this script; `--results digits/experiments/map.json` goes on from them. Writes to
 --out: map.png, a heat map of the gain over standard augmentation for each method, and map.md, which also has
-the share of right digits and the FID. The first heat map is that of label smoothing, which needs no images.
+the share of right digits and the FID. The first two heat maps need no images: label smoothing, AMST's heads
+alone.
 """
 
 import math
@@ -30,8 +31,9 @@ import common  # noqa: E402
 from digits import pretrain, world  # noqa: E402
 from digits.experiments import compare  # noqa: E402
 
-CONTROLS = [name for name in compare.METHODS if name.endswith(("published", "heads alone", "true labels"))]
-METHODS = [name for name in compare.METHODS if name not in compare.WITHOUT_IMAGES + CONTROLS]
+OTHERS = [*compare.WITHOUT_IMAGES, *(n for n in compare.METHODS if n.endswith(("published", "true labels")))]
+METHODS = [name for name in compare.METHODS if name not in OTHERS]
+CONTROLS = [compare.SMOOTHING, compare.HEADS]  # need no images
 MADE = {(0.0, 898): common.DIGITS_CLEAN, (pretrain.CONFUSION, pretrain.VARIETY): common.DIGITS_SD}
 
 
@@ -75,10 +77,10 @@ def gains(args: Args, confusion: float, style: float, variety: int, out: Path) -
         dials = dict(style=style, diffusion=generator, head_lr=args.head_lr)
         # these have nothing to do with the generator
         plain = out / f"g{style:g}{trained}-s{seed}"
-        run = (16, args.images, seed, plain, store, [compare.BASE, compare.SMOOTHING])
-        base, smoothing = compare.results_of(*run, **dials).values()
-        run = (16, args.images, seed, folder, store, METHODS)
-        for name, result in ({compare.SMOOTHING: smoothing} | compare.results_of(*run, **dials)).items():
+        results = compare.results_of(16, args.images, seed, plain, store, [compare.BASE, *CONTROLS], **dials)
+        base = results.pop(compare.BASE)
+        results |= compare.results_of(16, args.images, seed, folder, store, METHODS, **dials)
+        for name, result in results.items():
             entry = found.setdefault(name, {})
             for split in ("test", "test_ood"):
                 entry.setdefault(split, []).append(result[split] - base[split])
@@ -91,7 +93,7 @@ def draw(cells: dict, rows: list, columns: list, path: Path, names: tuple[str, s
     """Draws a heat map of each method's mean gain for each split; cells[row, column]: see gains."""
     from matplotlib.figure import Figure
 
-    shown = [compare.SMOOTHING, *METHODS]
+    shown = CONTROLS + METHODS
     figure = Figure(figsize=(1.5 * len(shown) + 0.6, 4.2), layout="constrained")
     plots = figure.subplots(2, len(shown), sharex=True, sharey=True)
     for row, (split, limit) in zip(plots, (("test", 8), ("test_ood", 20)), strict=True):
