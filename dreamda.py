@@ -71,9 +71,9 @@ class Args(common.RunArgs):
     orthogonality_weight: float = number("[0, 1000]", "w_o, weight of L_orth", 0.1)
     consistency_weight: float | None = number("[0, 1000]", "w_c, weight of L_cons")
     burn_in: float | None = number(
-        "[0, 1)",
-        "share of the epochs in which the classifier learns from real images alone, before it labels others; "
-        "if none is given, 0 with pretrained weights, else 0.5",
+        "[0, 1]",
+        "share of the epochs in which the classifier learns from real images alone, before it labels others "
+        "(1: it never does); if none is given, 0 with pretrained weights, else 0.5",
     )
     synthetic_ratio: float = number("(0, 100]", "synthetic images per real image in a batch", 2.0)
     unlabelled: int = number("[0, 1e9]", "real images without labels, added to the synthetic ones", 0)

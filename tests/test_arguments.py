@@ -117,7 +117,7 @@ REFUSED = {  # values that no run can mean, for every script that has the argume
     "--auxiliary_weight": "nan inf -1",
     "--orthogonality_weight": "nan inf -1",
     "--consistency_weight": "nan inf -1",
-    "--burn_in": "nan -0.1 1",
+    "--burn_in": "nan -0.1 1.1",
     "--synthetic_ratio": "nan inf -1 0",
     "--unlabelled": "-1",
     "--paths": "-1",

@@ -19,6 +19,7 @@ alone.
 
 import math
 import sys
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -108,7 +109,7 @@ def draw(cells: dict, rows: list, columns: list, path: Path, names: tuple[str, s
             axes.set_yticks(range(len(rows)), [f"{r:g}" for r in rows])
         row[0].set_ylabel(f"{split}\n{names[0]}")
     for top, bottom, method in zip(*plots, shown, strict=True):
-        top.set_title(method, fontsize=10)
+        top.set_title(textwrap.fill(method, 15, break_on_hyphens=False), fontsize=10)
         bottom.set_xlabel(names[1])
     figure.savefig(path, dpi=110)
 

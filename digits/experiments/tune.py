@@ -55,7 +55,7 @@ TRIALS = {
             dict(auxiliary_lr=16.0),
             dict(auxiliary_lr=16.0, auxiliary_weight=0.5),
             LONG,
-            LONG | dict(burn_in=0.99),  # the heads alone, without their labels
+            LONG | dict(burn_in=1.0),  # the heads alone, without their labels
             FAST | LONG,
         )
     ],
