@@ -610,6 +610,21 @@ def test_before_it_labels_images_the_classifier_learns_from_as_many_real_ones(tm
     assert first[3] != second[3]
 
 
+def test_heads_that_learn_alone_to_the_end_learn_as_without_a_pool(tmp_path):
+    training = dict(epochs=2, eval_every=2, batch_size=8, image_size=16, augment="none", variations=4)
+    data = common.Data([*"abcd"], stripes(8, 0), stripes(8, 2))
+    pool = dreamda.Pool(stripes(32, 1), torch.zeros(32, dtype=torch.long))
+    found = []
+    for name, burn_in, images in (("alone", 1.0, pool), ("without", 0.0, None), ("after", 0.5, pool)):
+        args = arguments(tmp_path / name, burn_in=burn_in, **training)
+        run = common.Run(args, common.make_accelerator())
+        scores, targets, _ = dreamda.train(args, run, common.make_accelerator(), data, images, "amst")
+        assert len(targets) == (32 if images else 0)
+        found.append(([line["loss"] for line in run.logs["AMST"]], scores["test"]["nll"]))
+    alone, without, after = found
+    assert alone == without != after
+
+
 def test_a_pretrained_classifier_labels_from_the_first_epoch_on(tmp_path):
     assert arguments(tmp_path).burn_in == 0 < arguments(tmp_path, pretrained=False).burn_in
     assert arguments(tmp_path, dataset="pets").burn_in > 0
