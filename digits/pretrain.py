@@ -3,7 +3,7 @@
     python digits/pretrain.py                        an hour and a half on two cores
     python digits/pretrain.py --folder mydigits      the same, but the weights in digits/ stay as they are
     python digits/pretrain.py --start digits/sd_clean --confusion 0.4 --variety 100 --folder mydigits
-                                                     a quarter of an hour: the last stage, with other dials
+                                                     20 to 40 minutes of one core: the last stage alone
 
 The stages, in order:
     render_web           the images and captions of all the web

@@ -7,14 +7,13 @@ A cell of the map is a world: a generator whose captions name the look-alike wit
 and a target that differs from its images by the strength g (style). For every cell compare.py's methods run
 on 16 real images per class. The generators of the map know all 898 digits of the web pool. A row of further
 cells, at the default world's confusion and style, has generators that know fewer (variety). Those that are
-missing are trained by pretrain.py, in twenty minutes of one core each. With --head_lr 16 the last layers of
+missing are trained by pretrain.py, in 20 to 40 minutes of one core each. With --head_lr 16 the last layers of
 all classifiers learn 16 times as fast as the rest.
 
 The numbers of all runs are collected in --results; what stands there is not run again. Those of RESULTS.md
 are in map.json beside this script; `--results digits/experiments/map.json` goes on from them. Writes to
 --out: map.png, a heat map of the gain over standard augmentation for each method, and map.md, which also has
-the share of right digits and the FID. The first two heat maps need no images: label smoothing, AMST's heads
-alone.
+the share of right digits and the FID. The first two heat maps are controls that need no images.
 """
 
 import math
