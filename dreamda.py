@@ -62,7 +62,8 @@ class Args(common.RunArgs):
     # self-training; choice: the defaults, but for the number of heads
     labels: str = HfArg(
         default="amst",
-        help="labels of synthetic images: amst, seed (their source's), head, soft, clip; on digits truth",
+        help="labels of synthetic images: amst, seed (their source's), seed_heads (these, with AMST's "
+        "heads), head, soft, clip; on digits truth",
     )
     heads: int = number("[2, 100]", "number of auxiliary heads of AMST", 4)
     auxiliary_lr: float | None = number("(0, 1000]", "learning rate of auxiliary heads, in multiples of --lr")
@@ -675,7 +676,8 @@ class Pool:
 
     def given(self, labels: str) -> torch.Tensor | None:
         """The labels [N] if they do not come from the classifier, -1 where there is none; else None."""
-        return {"seed": self.source_labels, "clip": self.clip_labels, "truth": self.truth}.get(labels)
+        given = {"seed": self.source_labels, "clip": self.clip_labels, "truth": self.truth}
+        return given.get(labels.removesuffix("_heads"))
 
 
 def make_pool(args: Args, accelerator, data: common.Data, folder: Path, records) -> tuple[Pool, dict]:
@@ -786,6 +788,7 @@ CLASSIFIERS = {  # the names in reports of classifiers that are trained on real 
     "soft": "soft labels",
     "clip": "CLIP labels",
     "truth": "true labels",
+    "seed_heads": "seed labels, AMST's heads",
 }
 
 
@@ -801,13 +804,13 @@ def train(args: Args, run: common.Run, accelerator, data: common.Data, pool: Poo
 
     Returns its scores on each split, and the pool's final targets [N, K] and which are labelled [N].
     """
-    heads, names = args.heads if labels == "amst" else 0, data.class_names
+    heads, names = args.heads if labels in ("amst", "seed_heads") else 0, data.class_names
     wrap = partial(MultiHead, heads=heads)
     net, model, optimizer = common.new_classifier(args, accelerator, names, wrap, learning_rates)
     weights = dict(
         w_a=args.auxiliary_weight,
         w_o=args.orthogonality_weight,
-        w_c=args.consistency_weight if heads else 0.0,
+        w_c=args.consistency_weight if labels == "amst" else 0.0,
         smoothing=args.label_smoothing,
     )
     classes = torch.tensor(data.train.labels, device=accelerator.device)

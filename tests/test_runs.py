@@ -746,7 +746,7 @@ def test_learned_tokens_are_used_again(mine, tmp_path, monkeypatch):
     assert grey_levels(mine["out"], again["out"]) == 0 and not (again["out"] / "embeddings").exists()
 
 
-@pytest.mark.parametrize("labels", ["seed", "head", "soft", "clip", "truth"])
+@pytest.mark.parametrize("labels", ["seed", "seed_heads", "head", "soft", "clip", "truth"])
 def test_every_kind_of_label_trains(labels, finished, tmp_path):
     tiny_clip(tmp_path / "clip", " ".join(world.NAMES))
     out = tmp_path / "run"
@@ -756,8 +756,10 @@ def test_every_kind_of_label_trains(labels, finished, tmp_path):
     assert status == 0, stderr
     ((name, lines),) = metrics_of(out).items()
     assert name == dreamda.CLASSIFIERS[labels] and {line["pool"] for line in lines} == {25}
-    expected = {"seed": 20 / 25, "soft": 1.0, "clip": 1.0, "truth": 1.0}  # an unlabelled image has no seed
+    expected = {"soft": 1.0, "clip": 1.0, "truth": 1.0}
+    expected |= dict.fromkeys(("seed", "seed_heads"), 20 / 25)  # an unlabelled image has no seed
     assert all(line["labelled"] == pytest.approx(expected.get(labels, line["labelled"])) for line in lines)
+    assert all(("orthogonality" in line) == (labels == "seed_heads") for line in lines)
 
 
 # --- several runs, several processes
