@@ -676,8 +676,8 @@ class Pool:
 
     def given(self, labels: str) -> torch.Tensor | None:
         """The labels [N] if they do not come from the classifier, -1 where there is none; else None."""
-        given = {"seed": self.source_labels, "clip": self.clip_labels, "truth": self.truth}
-        return given.get(labels.removesuffix("_heads"))
+        given = dict.fromkeys(("seed", "seed_heads"), self.source_labels)
+        return (given | {"clip": self.clip_labels, "truth": self.truth}).get(labels)
 
 
 def make_pool(args: Args, accelerator, data: common.Data, folder: Path, records) -> tuple[Pool, dict]:

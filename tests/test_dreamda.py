@@ -625,6 +625,19 @@ def test_heads_that_learn_alone_to_the_end_learn_as_without_a_pool(tmp_path):
     assert alone == without != after
 
 
+def test_beside_given_labels_there_is_no_consistency_loss_even_with_heads(tmp_path):
+    training = dict(epochs=1, eval_every=1, batch_size=8, image_size=16, augment="none", labels="seed_heads")
+    data, losses = common.Data([*"abcd"], stripes(8, 0), stripes(8, 2)), []
+    pool = dreamda.Pool(stripes(32, 1), torch.arange(32) % 5 - 1)  # some have no label
+    for weight in (0.0, 5.0):
+        args = arguments(tmp_path / str(weight), consistency_weight=weight, **training)
+        run = common.Run(args, common.make_accelerator())
+        dreamda.train(args, run, common.make_accelerator(), data, pool, "seed_heads")
+        ((line,),) = run.logs.values()
+        losses.append((line["loss"], line["orthogonality"]))
+    assert losses[0] == losses[1]
+
+
 def test_a_pretrained_classifier_labels_from_the_first_epoch_on(tmp_path):
     assert arguments(tmp_path).burn_in == 0 < arguments(tmp_path, pretrained=False).burn_in
     assert arguments(tmp_path, dataset="pets").burn_in > 0
