@@ -4,9 +4,9 @@ All of it comes from what scikit-learn ships: `load_digits` (1,797 digits of 8x8
 `load_sample_images` (a temple and a flower). A sample is 3x32x32 and has a label, a colour, a setting, a true
 foreground mask and a caption.
 
-Three pools share the digits. Only the embedded generator, the oracle and the backbone see the pool `web`, in
-all colours and settings, as Stable Diffusion saw the internet. The pools `train` and `test` are the
-classifier's. Each class appears in two settings in the splits `train`, `val` and `test`, and in its third
+The digits are split into three pools. Only the built-in generator, the oracle and the backbone see the pool
+`web`, in all colours and settings, as Stable Diffusion saw the internet. The pools `train` and `test` are for
+classifiers. Each class appears in two settings in the splits `train`, `val` and `test`, and in its third
 setting in `test_ood` only, as in FOCUS.
 
 Three dials make the generator as imperfect as a real one is for a data set of one's own:
@@ -25,14 +25,8 @@ import torch.nn.functional as F
 from PIL import Image, ImageFilter
 
 NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
-COLOURS = {
-    "red": (225, 25, 35),
-    "yellow": (250, 220, 40),
-    "green": (40, 190, 60),
-    "blue": (40, 70, 230),
-    "white": (255, 255, 255),
-    "purple": (160, 40, 200),
-}
+COLOURS = {"red": (225, 25, 35), "yellow": (250, 220, 40), "green": (40, 190, 60)}
+COLOURS |= {"blue": (40, 70, 230), "white": (255, 255, 255), "purple": (160, 40, 200)}
 SETTINGS = ["temple", "flower", "plain"]
 SIZE = 32
 PIXELS_PER_DIGIT_PIXEL = 3.3  # an 8x8 digit becomes about 26 of the 32 pixels high
@@ -49,7 +43,7 @@ def pools() -> dict[str, np.ndarray]:
 
 
 def web_digits(count: int) -> np.ndarray:
-    """`count` digits of the web pool, as equally many of each class as can be, in the pool's order."""
+    """The indices of `count` digits of the web pool, in its order, in equal numbers of each class (± 1)."""
     pool = pools()["web"]
     labels = sources()[1][pool]
     rank = [int((labels[:i] == label).sum()) for i, label in enumerate(labels)]  # among its class's digits
@@ -72,7 +66,7 @@ def sources():
 def draw_ink(digit: int, geometry: tuple[float, float, float, float], style: float = 0.0) -> np.ndarray:
     """The opacity [32, 32, 1] in [0, 1] of a digit that is rotated, scaled and shifted by `geometry`.
 
-    style: the strength, 0 to 1, of another hand, which slants the digit and thins its lines
+    style: 0 to 1; the more, the more the digit is slanted and the thinner are its lines, as by another hand
     """
     degrees, scale, right, down = geometry
     k = 1 / (PIXELS_PER_DIGIT_PIXEL * scale)
@@ -88,16 +82,15 @@ def draw_ink(digit: int, geometry: tuple[float, float, float, float], style: flo
 def photograph(image: np.ndarray, style: float, rng: np.random.Generator) -> np.ndarray:
     """An image [32, 32, 3] in [0, 1] as another camera takes it: muted, flat, soft, warm and grainy.
 
-    style: the camera's strength, from 0, which changes nothing, to 1
+    style: 0, which changes nothing, to 1
     """
     if style == 0:
         return image
     image = image + 0.3 * style * (image.mean(-1, keepdims=True) - image)
     image = 0.5 + (1 - 0.2 * style) * (image - 0.5)
-    soft = Image.fromarray(np.round(255 * image).astype(np.uint8)).filter(
-        ImageFilter.GaussianBlur(0.5 * style)
-    )
-    image = np.asarray(soft, np.float32) / 255 * (1 - style * np.array([0.0, 0.04, 0.12], np.float32))
+    lens, warmth = ImageFilter.GaussianBlur(0.5 * style), np.array([0.0, 0.04, 0.12], np.float32)
+    soft = Image.fromarray(np.round(255 * image).astype(np.uint8)).filter(lens)
+    image = np.asarray(soft, np.float32) / 255 * (1 - style * warmth)
     return (image + rng.normal(0, 0.02 * style, image.shape)).clip(0, 1)
 
 
@@ -114,15 +107,8 @@ def draw_background(setting: str, rng: np.random.Generator) -> np.ndarray:
     return background[:, ::-1] if rng.random() < 0.5 else background
 
 
-def render(
-    digit: int,
-    colour: str,
-    setting: str,
-    geometry: tuple[float, float, float, float],
-    seed: int,
-    style: float = 0.0,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Draws one sample. The result depends on the arguments alone: the same arguments give the same bytes.
+def render(digit: int, colour: str, setting: str, geometry: tuple, seed: int, style: float = 0.0):
+    """Draws one sample: its image, uint8 [32, 32, 3], and its true foreground mask, bool [32, 32].
 
     digit: index in scikit-learn's load_digits, 0 to 1796
     colour: a key of COLOURS; setting: one of SETTINGS
@@ -131,7 +117,7 @@ def render(
     style: see draw_ink and photograph
 
     A background too close to the digit's colour is drawn again, so that every sample is legible.
-    Returns the image, uint8 [32, 32, 3], and the true foreground mask, bool [32, 32].
+    The same arguments give the same bytes.
     """
     rng = np.random.default_rng(seed)
     alpha = draw_ink(digit, geometry, style)
@@ -160,10 +146,8 @@ def draw_geometry(rng: np.random.Generator) -> tuple[float, float, float, float]
 
 def caption(label: int, colour: str | None = None, setting: str | None = None) -> str:
     """A caption such as "a photo of a red seven on a flower background"; colour and setting are optional."""
-    return (
-        f"a photo of a {colour + ' ' if colour else ''}{NAMES[label]}"
-        f"{f' on a {setting} background' if setting else ''}"
-    )
+    words = ["a photo of a", colour, NAMES[label], setting and f"on a {setting} background"]
+    return " ".join(word for word in words if word)
 
 
 def uncommon_setting(label: int) -> str:
@@ -171,22 +155,15 @@ def uncommon_setting(label: int) -> str:
     return SETTINGS[label % 3]
 
 
-def render_pool(
-    indices: np.ndarray,
-    count: int,
-    seed: int,
-    settings: str = "all",
-    style: float | np.ndarray = 0.0,
-    confusion: float = 0.0,
-) -> dict:
-    """Renders `count` samples, taking the digits `indices` in turn.
+def render_pool(indices: np.ndarray, count: int, seed: int, settings="all", style=0.0, confusion=0.0) -> dict:
+    """Renders `count` samples, taking the digits `indices` in turn; returns a dict of
 
-    settings: "all", "common" (the class's two settings) or "uncommon" (its third).
-    style: the strength of another hand and camera, one for all samples or one for each, [N]
+        images, uint8 [N, 32, 32, 3]; masks, bool [N, 32, 32]; labels, colours and settings, int64 [N];
+        captions, a list of N strings
+
+    settings: "all", "common" (the class's two settings) or "uncommon" (its third)
+    style: one for all samples or one for each, [N]; see draw_ink and photograph
     confusion: the probability that a caption names the look-alike of the digit; the label stays right
-
-    Returns images, uint8 [N, 32, 32, 3]; masks, bool [N, 32, 32]; labels, colours and settings, int64 [N];
-    and captions, a list of N strings.
     """
     targets, styles = sources()[1], np.broadcast_to(style, count)
     out = {"images": [], "masks": [], "labels": [], "colours": [], "settings": [], "captions": []}
@@ -194,25 +171,17 @@ def render_pool(
         rng = np.random.default_rng([seed, i])
         index = int(indices[i % len(indices)])
         label = int(targets[index])
-        allowed = {
-            "all": SETTINGS,
-            "common": [s for s in SETTINGS if s != uncommon_setting(label)],
-            "uncommon": [uncommon_setting(label)],
-        }[settings]
+        rare = uncommon_setting(label)
+        common = [setting for setting in SETTINGS if setting != rare]
+        allowed = {"all": SETTINGS, "common": common, "uncommon": [rare]}[settings]
         colour, setting = list(COLOURS)[rng.integers(6)], allowed[rng.integers(len(allowed))]
-        image, mask = render(
-            index, colour, setting, draw_geometry(rng), int(rng.integers(2**32)), float(styles[i])
-        )
-        out["images"].append(image)
-        out["masks"].append(mask)
-        out["labels"].append(label)
-        out["colours"].append(list(COLOURS).index(colour))
-        out["settings"].append(SETTINGS.index(setting))
-        named_colour, named_setting = rng.random() < 0.5, rng.random() < 0.5
-        named = LOOK_ALIKE[label] if rng.random() < confusion else label
-        out["captions"].append(
-            caption(named, colour if named_colour else None, setting if named_setting else None)
-        )
+        geometry, seed_of_crop = draw_geometry(rng), int(rng.integers(2**32))
+        image, mask = render(index, colour, setting, geometry, seed_of_crop, float(styles[i]))
+        told = [word if rng.random() < 0.5 else None for word in (colour, setting)]
+        text = caption(LOOK_ALIKE[label] if rng.random() < confusion else label, *told)
+        row = image, mask, label, list(COLOURS).index(colour), SETTINGS.index(setting), text
+        for values, value in zip(out.values(), row, strict=True):
+            values.append(value)
     arrays = {k: np.stack(v) if k in ("images", "masks") else np.array(v) for k, v in out.items()}
     return {k: v.tolist() if k == "captions" else torch.from_numpy(v) for k, v in arrays.items()}
 
