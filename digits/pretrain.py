@@ -1,19 +1,19 @@
-"""Trains the embedded Stable Diffusion and the two classifiers beside it, on the web pool of the digits.
+"""Trains the built-in Stable Diffusion and the two classifiers beside it, on the web pool of the digits.
 
     python digits/pretrain.py                        an hour and a half on two cores
     python digits/pretrain.py --folder mydigits      the same, but the weights in digits/ stay as they are
     python digits/pretrain.py --start digits/sd_clean --confusion 0.4 --variety 100 --folder mydigits
-                                                     20 to 40 minutes of one core: the last stage alone
+                                                     20 to 40 minutes of one core: only the last stage
 
 The stages, in order:
     render_web           the images and captions of all the web
     train_backbone       the pretrained weights of the small CNN, learned without class labels
     train_oracle         the classifier that judges synthetic images, trained on every style
     train_autoencoder    the VAE; its latents are then computed once, by encode_pool
-    train_unet           the U-Net and, jointly, the text encoder: the generator that knows its digits
-    spoil                trains it further on captions that confuse look-alikes; --variety: on few digits
+    train_unet           the U-Net and, jointly, the text encoder: a generator that knows the digits
+    spoil                the same, further, on captions that confuse look-alikes; --variety: on few digits
 
-Every stage keeps its result in --out, and the longest one a checkpoint every --save_every steps, so the same
+Every stage keeps its result in --out, and the U-Net's a checkpoint every --save_every steps, so the same
 command goes on where it was stopped. Only when all stages are done, the weights in --folder are replaced:
 sd_clean/ and sd/ (in diffusers' own layout), oracle/ and backbone/.
 """
@@ -22,6 +22,7 @@ import copy
 import math
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +31,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
 from tqdm.auto import tqdm
-from transformers.hf_argparser import HfArg
+from transformers.hf_argparser import HfArg, HfArgumentParser
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -50,7 +51,7 @@ class Args:
     overwrite: bool = HfArg(default=False, help="start afresh if --out holds a training")
     confusion: float = number("[0, 1)", "share of captions that name the look-alike of the digit", CONFUSION)
     variety: int = number("[10, 898]", "digits that the generator sees at the end", VARIETY)
-    start: str | None = HfArg(default=None, help="only spoil this Stable Diffusion of the digits world")
+    start: str | None = HfArg(default=None, help="digits model for the last stage; none: run all stages")
     images: int = number("[1, 1e7]", "renders of the web pool", 40000)
     backbone_copies: int = number("[1, 1e4]", "renders of each digit for the backbone", 16)
     backbone_steps: int = number("[1, 1e7]", "steps of the backbone, batch 64", 2500)
@@ -70,7 +71,7 @@ class Args:
 
 
 def build_tokenizer(words: list[str], max_length: int = 16):
-    """Builds a CLIPTokenizer that makes one token of each of `words`, and tokens of bytes of any other text.
+    """A CLIPTokenizer that makes one token of each of `words`, and tokens of bytes of any other text.
 
     max_length: the number of tokens of a padded prompt
     """
@@ -80,16 +81,12 @@ def build_tokenizer(words: list[str], max_length: int = 16):
     alphabet = list(bytes_to_unicode().values())
     tokens, merges = alphabet + [c + "</w>" for c in alphabet], []
     for word in words:
-        parts = [*word[:-1], word[-1] + "</w>"]
-        left = parts[0]
-        for right in parts[1:]:
-            if (left, right) not in merges:
-                merges.append((left, right))
+        left, *others = [*word[:-1], word[-1] + "</w>"]
+        for right in others:
+            merges += [(left, right)] if (left, right) not in merges else []
             left += right
-            if left not in tokens:
-                tokens.append(left)
-    tokens += ["<|startoftext|>", "<|endoftext|>"]
-    vocab = {token: i for i, token in enumerate(tokens)}
+            tokens += [left] if left not in tokens else []
+    vocab = {token: i for i, token in enumerate([*tokens, "<|startoftext|>", "<|endoftext|>"])}
     for word in words:  # an earlier word's merges may have split this one otherwise ("re" in "green")
         pieces = CLIPTokenizer(vocab=vocab, merges=merges).tokenize(word)
         while len(pieces) > 1:
@@ -99,7 +96,7 @@ def build_tokenizer(words: list[str], max_length: int = 16):
 
 
 def build_pipeline():
-    """Builds the embedded StableDiffusionPipeline with random weights, about 3.1 million of them.
+    """The built-in StableDiffusionPipeline with random weights, about 3.1 million of them.
 
     Its parts are of Stable Diffusion's own classes. Latents are [4, 16, 16], the U-Net has three levels, with
     cross-attention at 8x8 and 4x4, and the text encoder has two layers.
@@ -109,51 +106,22 @@ def build_pipeline():
 
     words = "a photo of on background an the in".split()
     tokenizer = build_tokenizer([*words, *world.NAMES, *world.COLOURS, *world.SETTINGS])
-    text_encoder = CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=96,
-            intermediate_size=192,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            max_position_embeddings=tokenizer.model_max_length,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
-    vae = AutoencoderKL(
-        sample_size=world.SIZE,
-        block_out_channels=(16, 32),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        layers_per_block=1,
-        norm_num_groups=8,
-        latent_channels=4,
-    )
-    unet = UNet2DConditionModel(
-        sample_size=world.SIZE // 2,
-        block_out_channels=(32, 64, 96),
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        layers_per_block=1,
-        norm_num_groups=8,
-        cross_attention_dim=96,
-        attention_head_dim=4,  # the number of heads, by diffusers' historical naming
-    )
-    scheduler = DDPMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, steps_offset=1
-    )
-    return StableDiffusionPipeline(
-        vae=vae,
-        text_encoder=text_encoder,
-        tokenizer=tokenizer,
-        unet=unet,
-        scheduler=scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
+    text = dict(hidden_size=96, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4)
+    text |= dict(vocab_size=len(tokenizer), max_position_embeddings=tokenizer.model_max_length)
+    text |= {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    blocks = dict(layers_per_block=1, norm_num_groups=8)
+    vae = dict(sample_size=world.SIZE, block_out_channels=(16, 32), latent_channels=4)
+    vae |= dict(down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2)
+    unet = dict(sample_size=world.SIZE // 2, block_out_channels=(32, 64, 96), cross_attention_dim=96)
+    unet |= dict(down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"))
+    unet |= dict(up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"))
+    unet |= dict(attention_head_dim=4)  # the number of heads, by diffusers' historical naming
+    betas = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    networks = dict(vae=AutoencoderKL(**vae, **blocks), unet=UNet2DConditionModel(**unet, **blocks))
+    networks |= dict(text_encoder=CLIPTextModel(CLIPTextConfig(**text)), tokenizer=tokenizer)
+    scheduler = DDPMScheduler(**betas, clip_sample=False, steps_offset=1)
+    without = dict(safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+    return StableDiffusionPipeline(**networks, scheduler=scheduler, **without)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -161,8 +129,9 @@ def build_pipeline():
 
 
 def render_web(args: Args, tokenizer, variety: int = 898, confusion: float = 0.0) -> dict[str, torch.Tensor]:
-    """Renders `variety` digits of the web pool; see world.render_pool. The captions become token ids, int64
-    [N, 16], of which the share `confusion` names the look-alike.
+    """Images of `variety` digits of the web pool, as world.render_pool returns them.
+
+    Their captions are token ids, int64 [N, 16]; the share `confusion` of them names the look-alike.
     """
     print(f"rendering {args.images} images of {variety} digits of the web pool")
     digits = world.web_digits(variety)
@@ -171,7 +140,7 @@ def render_web(args: Args, tokenizer, variety: int = 898, confusion: float = 0.0
 
 
 def tokenize(tokenizer, texts: list[str]) -> torch.Tensor:
-    """The token ids of each text, padded to the tokenizer's length."""
+    """The token ids [N, 16] of the texts, padded."""
     return tokenizer(texts, padding="max_length", return_tensors="pt").input_ids
 
 
@@ -180,10 +149,8 @@ def batch_of(count: int, step: int) -> torch.Tensor:
     return torch.randint(count, (64,), generator=torch.Generator().manual_seed(step))
 
 
-def fit(
-    model: nn.Module, loss_of, title: str, steps: int, lr: float, weight_decay: float, clip: float = math.inf
-) -> dict[str, torch.Tensor]:
-    """Trains a model by AdamW with a one-cycle learning rate, and returns its weights.
+def fit(model: nn.Module, loss_of, title: str, steps: int, lr: float, weight_decay: float, clip=math.inf):
+    """The weights of a model after training by AdamW with a one-cycle learning rate.
 
     loss_of(step): the loss of the batch of that step
     clip: a longer gradient is shortened to this norm
@@ -203,7 +170,7 @@ def fit(
 
 
 def train_backbone(args: Args, device) -> dict[str, torch.Tensor]:
-    """Pretrains the small CNN without class labels, and returns the weights of its features.
+    """The weights of the small CNN's backbone, pretrained without class labels.
 
     It learns which of the web pool's 898 digits an image shows, whatever the colour, the setting and the
     geometry. This is instance discrimination (Dosovitskiy et al. 2014), the stand-in for ImageNet's weights.
@@ -212,7 +179,7 @@ def train_backbone(args: Args, device) -> dict[str, torch.Tensor]:
     web = world.render_pool(pool, args.backbone_copies * len(pool), seed=args.seed + 2)
     images = web["images"].permute(0, 3, 1, 2).to(device)
     torch.manual_seed(args.seed)
-    model = common.SmallCNN(len(pool)).to(device)
+    model = common.Classifier(common.small_cnn(), nn.Linear(96, len(pool))).to(device)
 
     def loss(step):
         i = batch_of(len(images), step)
@@ -220,11 +187,11 @@ def train_backbone(args: Args, device) -> dict[str, torch.Tensor]:
         return F.cross_entropy(model(images[i].float() / 255), digit)
 
     fit(model, loss, "backbone", args.backbone_steps, lr=3e-3, weight_decay=0.05)
-    return model.features.state_dict()
+    return model.backbone.state_dict()
 
 
 def train_oracle(args: Args, device) -> dict[str, torch.Tensor]:
-    """Trains a wider small CNN to read digit, colour and setting, and returns its weights.
+    """The weights of a wider small CNN that reads digit, colour and setting; see common.load_oracle.
 
     It sees all of the web pool in every style from 0 to 1, so that it judges any target and any generator.
     """
@@ -232,7 +199,7 @@ def train_oracle(args: Args, device) -> dict[str, torch.Tensor]:
     pool = world.render_pool(world.pools()["web"], args.images, args.seed + 3, style=styles)
     images = pool["images"].permute(0, 3, 1, 2).to(device)
     torch.manual_seed(args.seed)
-    model = common.SmallCNN(sum(judge.HEADS), width=32).to(device)
+    model = common.Classifier(common.small_cnn(32), nn.Linear(128, sum(judge.HEADS))).to(device)
     truths = [pool[key].to(device) for key in judge.KEYS]
 
     def loss(step):
@@ -245,7 +212,7 @@ def train_oracle(args: Args, device) -> dict[str, torch.Tensor]:
 
 
 def train_autoencoder(args: Args, vae, images: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Trains the VAE to reproduce images, its latents under a slight KL penalty, and returns its weights."""
+    """The weights of the VAE, trained to reproduce images, with a slight KL penalty on its latents."""
     torch.manual_seed(args.seed)
 
     def loss(step):
@@ -272,7 +239,7 @@ def encode_pool(vae, images: torch.Tensor, rescale: bool = True) -> torch.Tensor
 
 
 def noise_errors(pipe, latents: torch.Tensor, captions: torch.Tensor, empty: torch.Tensor, step: int, n: int):
-    """Noises n random latents and lets the U-Net predict the noise: (mean squared errors [n], timesteps [n]).
+    """The U-Net's mean squared errors [n], as it predicts the noise in n random latents; the timesteps [n].
 
     One caption in ten is replaced by the empty one, so that classifier-free guidance works (Ho and Salimans
     2021). The timesteps are stratified: each of n equal parts of the schedule has one.
@@ -288,16 +255,8 @@ def noise_errors(pipe, latents: torch.Tensor, captions: torch.Tensor, empty: tor
     return (pipe.unet(x, t, text).sample - noise).square().mean((1, 2, 3)), t
 
 
-def averaged(model: nn.Module, decay: float) -> nn.Module:
-    """An exponential moving average of the weights and buffers; update_parameters(model) advances it."""
-    average = torch.optim.swa_utils.get_ema_multi_avg_fn(decay)
-    return torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=average, use_buffers=True)
-
-
-def train_unet(
-    args: Args, run: common.Run, title: str, pipe, latents: torch.Tensor, captions: torch.Tensor, steps, lr
-) -> nn.ModuleDict:
-    """Trains the U-Net and the text encoder to predict noise, and returns their averaged weights.
+def train_unet(args: Args, run: common.Run, title: str, pipe, latents, captions, steps: int, lr: float):
+    """The averaged weights of the U-Net and the text encoder after training to predict noise.
 
     An error is weighted by min(SNR, 5) / SNR of its timestep: min-SNR-5 for noise prediction (Hang et al.
     2023). The learning rate warms up over 300 steps and falls linearly over the last two fifths. The average
@@ -305,7 +264,8 @@ def train_unet(
     """
     pipe.unet.to(memory_format=torch.channels_last)  # a sixth faster on the CPU
     model = nn.ModuleDict({"unet": pipe.unet, "text_encoder": pipe.text_encoder}).requires_grad_(True).train()
-    ema = averaged(model, 1 - 9 / max(steps, 10))
+    average = torch.optim.swa_utils.get_ema_multi_avg_fn(1 - 9 / max(steps, 10))
+    ema = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=average, use_buffers=True)
     optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=0.01)
     alphas = pipe.scheduler.alphas_cumprod.to(latents.device)
     weights = torch.clamp(5 * (1 - alphas) / alphas, max=1)  # SNR = alpha-bar / (1 - alpha-bar)
@@ -317,7 +277,8 @@ def train_unet(
         last = min(first + args.save_every, steps)
         for step in (bar := tqdm(range(first, last), title, leave=False)):
             falling = (steps - step) / (0.4 * steps)
-            common.set_lr(optimizer, lr * min((step + 1) / 300, 1, falling))
+            for group in optimizer.param_groups:
+                group["lr"] = lr * min((step + 1) / 300, 1, falling)
             errors, t = noise_errors(pipe, latents, captions, empty, step, args.batch_size)
             optimizer.zero_grad()
             (weights[t] * errors).mean().backward()
@@ -332,19 +293,15 @@ def train_unet(
 
 
 def spoil(args: Args, run: common.Run, pipe) -> nn.ModuleDict:
-    """Trains a generator further on the web as the dials make it, and returns the averaged weights.
+    """The averaged weights of a generator after further training on the web as the dials make it.
 
-    It comes second because names are learned too slowly from captions of which nearly half are wrong.
+    This stage comes last because names are learned too slowly from captions of which nearly half are wrong.
     """
-    web = run.once("spoiled.pt", render_web, args, pipe.tokenizer, args.variety, args.confusion)
+    web = run.once("spoiled.pt", partial(render_web, args, pipe.tokenizer, args.variety, args.confusion))
     images, captions = (web[key].to(pipe.device) for key in ("images", "captions"))
     latents = encode_pool(pipe.vae, images.permute(0, 3, 1, 2), rescale=False)
     steps, lr = args.spoil_steps, args.spoil_lr
     return train_unet(args, run, "spoiled U-Net", pipe, latents, captions, steps, lr)
-
-
-# ----------------------------------------------------------------------------------------------------------
-# The weights
 
 
 def save_pipeline(pipe, weights: nn.ModuleDict, folder: Path) -> None:
@@ -368,31 +325,29 @@ def save_classifier(weights: dict[str, torch.Tensor], folder: Path) -> None:
 
 
 def save_sheet(path: Path) -> None:
-    """Draws a contact sheet: 60 samples of the web pool, 40 of the test pool in the default style, and the
-    masks of the first 20.
-    """
+    """Draws 60 samples of the web pool, 40 of the test pool in the default style, masks of the first 20."""
     web = world.render_pool(world.pools()["web"], 60, seed=0)
     target = world.render_pool(world.pools()["test"], 40, seed=0, style=world.STYLE)
     images = torch.cat([web["images"], target["images"]]).permute(0, 3, 1, 2).float() / 255
     masks = web["masks"][:20, None].float().expand(-1, 3, -1, -1)
-    common.save_grid(torch.cat([images, masks]), path, columns=20, scale=2)
+    common.save_grid(torch.cat([images, masks]), path, columns=20)
 
 
 def train(args: Args) -> None:
     """Runs all stages, or those still to do, then writes the weights to args.folder."""
     accelerator = common.make_accelerator()
-    run, device = common.Run(args, accelerator, free=("folder",)), accelerator.device
-    run.begin()
+    run, device = common.Run(args, accelerator), accelerator.device
+    run.once("config.json", lambda: run.config)
     save_sheet(run.path / "digits.png")
     torch.manual_seed(args.seed)
     folder, classifiers, generators = Path(args.folder), {}, {}
     if args.start is None:
         pipe = build_pipeline().to(device)
-        web = run.once("web.pt", render_web, args, pipe.tokenizer)
+        web = run.once("web.pt", partial(render_web, args, pipe.tokenizer))
         images, captions = web["images"].permute(0, 3, 1, 2).to(device), web["captions"].to(device)
-        classifiers["backbone"] = run.once("backbone.pt", train_backbone, args, device)
-        classifiers["oracle"] = run.once("oracle.pt", train_oracle, args, device)
-        pipe.vae.load_state_dict(run.once("vae.pt", train_autoencoder, args, pipe.vae, images))
+        classifiers["backbone"] = run.once("backbone.pt", partial(train_backbone, args, device))
+        classifiers["oracle"] = run.once("oracle.pt", partial(train_oracle, args, device))
+        pipe.vae.load_state_dict(run.once("vae.pt", partial(train_autoencoder, args, pipe.vae, images)))
         pipe.vae.eval().requires_grad_(False)
         latents = encode_pool(pipe.vae, images)
         clean = train_unet(args, run, "U-Net", pipe, latents, captions, args.steps, args.lr)
@@ -410,10 +365,6 @@ def train(args: Args) -> None:
     print(f"the trained weights are in {folder}")
 
 
-def main(args: Args) -> None:
-    common.check_numbers(args)
-    train(args)
-
-
 if __name__ == "__main__":
-    common.cli(main, Args)
+    about = __doc__.split("\n")[0]
+    train(*HfArgumentParser(Args, description=about, allow_abbrev=False).parse_args_into_dataclasses())
