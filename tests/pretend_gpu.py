@@ -79,6 +79,9 @@ class Pretend(torch.Tensor):
     def __repr__(self):
         return f"Pretend({self.inner!r})"
 
+    def __format__(self, form):
+        return format(self.cpu(), form)
+
     def tolist(self):
         return self.cpu().tolist()
 

@@ -1,6 +1,7 @@
 """Helpers of the tests that run a script as a user does; `script` is the script's module."""
 
 import atexit
+import faulthandler
 import functools
 import gc
 import io
@@ -18,7 +19,6 @@ from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import accelerate
-import matplotlib.figure
 import numpy as np
 import pytest
 import scipy.stats
@@ -27,28 +27,15 @@ import torch
 import torch._dynamo
 import torch.distributed
 import torchmetrics.functional.classification
-import torchmetrics.image.fid
-import torchmetrics.image.kid
-import torchvision.transforms.v2
 from accelerate.state import AcceleratorState
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from PIL import Image
 
 import common
-from digits import inside, pretrain
+from digits import pretrain
 
 # imported once, before the runs in child processes, and left out of every collection of garbage
-IMPORTED = (
-    accelerate,
-    matplotlib,
-    scipy,
-    timm,
-    torch,
-    torchmetrics,
-    torchvision,
-    DDIMScheduler,
-    StableDiffusionPipeline,
-)
+IMPORTED = accelerate, scipy, timm, torchmetrics, DDIMScheduler, StableDiffusionPipeline
 gc.freeze()
 atexit.register(gc.unfreeze)
 TWO_PROCESSES = "-m torch.distributed.run --standalone --nproc_per_node 2".split()
@@ -59,20 +46,10 @@ def command_line(words, arguments):
 
 
 def in_own_process(script, *words, launcher=(), **arguments):
-    """(status, stdout, stderr) of the script with these arguments.
-
-    launcher: TWO_PROCESSES on the CPU; `accelerate launch --cpu --num_processes 2` would start only one.
-    """
+    """(status, stdout, stderr) of the script with these arguments; launcher: nothing or TWO_PROCESSES."""
     command = [sys.executable, *launcher, script.__file__, *command_line(words, arguments)]
-    environment = os.environ | ({"ACCELERATE_USE_CPU": "true"} if launcher else {})
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     return done.returncode, done.stdout, done.stderr
-
-
-def draw_no_pictures(patch, script) -> None:
-    """Leaves out what takes half of a tiny run, the pictures by matplotlib and the samples for them."""
-    patch.setattr(inside, f"show_{script.__name__}", lambda *_: None)
-    patch.setattr(matplotlib.figure.Figure, "savefig", lambda *_, **__: None)
 
 
 def in_this_process(script, *words, pictures=False, **arguments):
@@ -84,10 +61,10 @@ def in_this_process(script, *words, pictures=False, **arguments):
     ):
         patch.setattr(sys, "argv", [Path(script.__file__).name, *command_line(words, arguments)])
         patch.setitem(sys.modules, "__main__", script)
-        if not pictures:
-            draw_no_pictures(patch, script)
+        if not pictures:  # which matplotlib draws
+            patch.setattr(common, "save_curves", lambda *_: None)
         try:
-            status = common.cli(script.main, script.Args) or 0
+            status = common.main(script.METHOD) or 0
         except SystemExit as stop:
             status = stop.code
     gc.collect()  # a run folder stays locked while an exception's frames live
@@ -106,7 +83,7 @@ def the_error(outcome):
 def start_child(function) -> int:
     """The id of a forked process that calls function(), one thread, two minutes at most."""
     if (pid := os.fork()) == 0:
-        signal.alarm(120)
+        faulthandler.dump_traceback_later(120, exit=True, file=2)
         torch.set_num_threads(1)
         try:
             function()
@@ -134,7 +111,7 @@ def in_two_children(function, kill=lambda: False) -> list[int]:
     """
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     common_to_both = {"WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port}
-    common_to_both |= {"TORCHELASTIC_USE_AGENT_STORE": True, "ACCELERATE_USE_CPU": True}
+    common_to_both |= {"TORCHELASTIC_USE_AGENT_STORE": True}
 
     def one_of_two(rank):
         names = common_to_both | {"RANK": rank, "LOCAL_RANK": rank}
@@ -159,6 +136,7 @@ def die_at(module, name, n):
     """The n-th call of module.name ends the process; of torch.save after half of the bytes."""
     function, calls = getattr(module, name), itertools.count(1)
 
+    @functools.wraps(function)  # common.options reads its arguments
     def dying(*args, **kwargs):
         if next(calls) < n:
             return function(*args, **kwargs)
@@ -207,15 +185,28 @@ def check_imagefolder(folder, records):
             assert row["image"].tobytes() == image.tobytes()
 
 
+def read_json(path):
+    return json.loads(path.read_text())
+
+
+def metrics_of(out) -> dict[str, list[dict]]:
+    """The lines of metrics.jsonl of each classifier."""
+    lines = {}
+    for line in lines_of(out / "metrics.jsonl"):
+        lines.setdefault(line["classifier"], []).append(line)
+    return lines
+
+
 def result_and_files(out):
-    """Everything that a run leaves, but for the seconds."""
-    result = json.loads((out / "result.json").read_text())
-    scores = {
-        k: {s: x for s, x in v.items() if s not in ("generation", "training")} for k, v in result.items()
-    }
-    patterns = ["synthetic/**/*.*", "samples/*", "plans/*", "embeddings/*/*", "*.jsonl", "*.csv", "**/*.tmp"]
-    files = [f for pattern in patterns for f in out.glob(pattern)]
-    return scores, {str(f.relative_to(out)): f.read_bytes() for f in files}
+    """Everything that a run leaves, but for the seconds: its result, log, and the bytes of its files."""
+    timed = ("generation", "training", "seconds")
+    values = [*read_json(out / "result.json").items(), *enumerate(lines_of(out / "metrics.jsonl"))]
+    result = {key: {k: v for k, v in value.items() if k not in timed} for key, value in values}
+    patterns = (
+        "synthetic/**/*.* samples/* plans/* latents/* votes/* embeddings/*/* [!m]*.jsonl *.csv **/*.tmp"
+    )
+    files = [file for pattern in patterns.split() for file in out.glob(pattern)]
+    return result, {str(file.relative_to(out)): file.read_bytes() for file in files}
 
 
 def grey_levels(folder, other):
@@ -269,13 +260,11 @@ def check_ladder(script, out, seeds):
     """ladder.json has each run's own accuracy, ladder.md a row a rung with the mean over the seeds."""
     ladder = json.loads((out / "ladder.json").read_text())
     rows = [line.split(" | ") for line in (out / "ladder.md").read_text().splitlines()[4:]]
-    assert [row[0].removeprefix("| ") for row in rows] == list(script.LADDER)
-    for key, (i, split) in itertools.product(("top1", "class_mean"), enumerate(ladder["top1"])):
-        column = 1 + 3 * i + 2 * (key == "class_mean")
-        for row, (rung, values) in zip(rows, ladder[key][split].items(), strict=True):
+    assert [row[0].removeprefix("| ") for row in rows] == list(script.METHOD.ladder)
+    for i, split in enumerate(("test", "test_ood")):
+        for row, (rung, values) in zip(rows, ladder[split].items(), strict=True):
             folders = [out / f"{common.slug(rung)}-s{seed}" for seed in seeds]
             results = [json.loads((folder / "result.json").read_text()) for folder in folders]
-            assert values == [100 * list(result.values())[-1][split][key] for result in results]
-            assert row[column].startswith(f"{np.mean(values):.1f} ± ")
-    assert set(ladder["top1"]) == {"test", "test_ood", "val"}
+            assert values == [100 * list(result.values())[-1][split]["top1"] for result in results]
+            assert row[1 + 2 * i].startswith(f"{np.mean(values):.1f} ± ")
     return ladder

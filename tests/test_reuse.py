@@ -11,25 +11,28 @@ import common
 import diagen
 import dreamda
 from digits import judge, world
-
-README = common.ROOT / "README.md"
+from runs import in_this_process
 
 
 def share_read(images, digits_shown) -> float:
     """The share of images in which the oracle reads the digit."""
-    _, to_tensor = common.make_transforms(32, "none")
-    shown = common.Images([common.to_pil(image) for image in images], digits_shown, to_tensor)
-    _, read = judge.read(shown, common.make_accelerator())
+    pictures, to_tensor = [*map(common.to_pil, images)], common.make_transforms(32)[1]
+    _, read = judge.read(common.Images(pictures, digits_shown, to_tensor), common.make_accelerator())
     return (read == torch.as_tensor(digits_shown)).float().mean().item()
 
 
-def test_readmes_example_runs_and_each_method_draws_the_digits():
-    (code,) = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
-    names = {}
-    exec(compile(code, "README.md", "exec"), names)
+def test_readmes_example_runs_on_a_runs_classifier_and_each_method_draws_digits(quick, tmp_path, monkeypatch):
+    readme = (common.ROOT / "README.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    run = in_this_process(actgen, "--real_only", epochs=2, examples_per_class=5, eval_every=2)
+    assert run[0] == 0, run
+    exec(compile(code, "README.md", "exec"), names := {})
     for images in (names["guided"], names["varied"], names["edited"]):
-        assert images.shape == (10, 3, 32, 32) and 0 <= images.min() and images.max() <= 1
+        assert images.shape == (20, 3, 32, 32) and 0 <= images.min() and images.max() <= 1
         assert share_read(images, names["y"].tolist()) >= 0.7
+    with torch.no_grad():
+        assert names["classifier"](names["x"]).shape == (20, len(names["names"]))
 
 
 @pytest.fixture
@@ -44,27 +47,19 @@ def folder(digits, tmp_path):
 
 def test_self_training_and_weights_work_on_images_of_all_three_methods(folder):
     pipe = common.load_pipeline(common.DIGITS_CLEAN)  # or any Stable Diffusion, by model id or folder
-    _, to_tensor = common.make_transforms(common.resolution(pipe), "none")
-    real = torchvision.datasets.ImageFolder(folder, to_tensor)
+    real = torchvision.datasets.ImageFolder(folder, common.make_transforms(common.resolution(pipe))[1])
     x, y, names = torch.stack([image for image, _ in real]), torch.tensor(real.targets), real.classes
     prompts = [f"a photo of a {names[label]}" for label in y]
     generators = [common.generator(0, i) for i in range(len(y))]
-    classifier = common.build_classifier("small_cnn", names, 32, pretrained=True)
+    args = dreamda.METHOD.arguments(guidance_scale=4.0, steps=25)
+    classifier = common.build_classifier(args, names)  # small_cnn, pretrained
 
     # an image by each method for every real one, all [N, 3, H, W] in [0, 1]
-    guided = actgen.generate(pipe, x, y, names, generators=generators, guidance_scale=4).images
-    inverted = dreamda.invert(pipe, x, generators, steps=25)
-    latents = dreamda.vary(
-        pipe,
-        inverted,
-        torch.arange(len(y)),
-        prompts,
-        generators,
-        noise_scale=12,
-        relative_noise=True,
-        guidance_scale=4,
-    )
-    varied = common.decode(pipe, latents)
+    options = common.options(actgen.generate, actgen.METHOD.arguments(guidance_scale=4.0, steps=25))
+    guided, *_ = actgen.generate(pipe, x, y, names, **options | {"generators": generators})
+    inverted = dreamda.invert(pipe, x, generators, **common.options(dreamda.invert, args))
+    sources, options = torch.arange(len(y)), common.options(dreamda.vary, args)
+    varied = common.decode(pipe, dreamda.vary(pipe, inverted, sources, prompts, generators, **options))
     edited = diagen.img2img(pipe, common.encode(pipe, x), prompts, generators, steps=25, guidance_scale=4)
     u, seed = torch.cat([guided, varied, edited]), y.repeat(3)
 
@@ -77,16 +72,10 @@ def test_self_training_and_weights_work_on_images_of_all_three_methods(folder):
         targets, labelled = dreamda.synthetic_targets("amst", weak, threshold=0.5)
         head = 1 + (torch.arange(len(x)) + step) % 4  # of each image
         logits = net.train()(torch.cat([x, x, u]))  # put your augmentations in the second place
-        loss = dreamda.self_training_loss(
-            logits[: 2 * len(x)].unflatten(0, (2, -1)),
-            y,
-            head,
-            logits[2 * len(x) :],
-            targets,
-            labelled,
-            weak[:, 0].softmax(1),
-            net.auxiliary_weights(),
-        )
+        of_real = dict(real=logits[: 2 * len(x)].unflatten(0, (2, -1)).transpose(0, 1), y=y, head=head)
+        of_pool = dict(synthetic=logits[2 * len(x) :], targets=targets, labelled=labelled)
+        weights = dict(weak=weak[:, 0].softmax(1), auxiliary=net.auxiliary_weights())
+        loss = dreamda.self_training_loss(**of_real | of_pool | weights)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -98,9 +87,8 @@ def test_self_training_and_weights_work_on_images_of_all_three_methods(folder):
 
     assert names == sorted(world.NAMES) and u.shape == (60, 3, 32, 32)
     shown = [world.NAMES.index(names[label]) for label in seed]
-    for k in range(3):
+    for k, other in ((0, 1), (1, 2), (2, 0)):
         assert share_read(u[20 * k : 20 * k + 20], shown[20 * k : 20 * k + 20]) >= 0.7
-    for k, other in ((0, 1), (1, 2), (0, 2)):
         one, two = u.reshape(3, 20, -1)[[k, other]]
         assert (one - two).abs().mean(1).min() > 0.01
     assert weights.shape == (20, 3) and torch.allclose(weights.sum(1), torch.ones(20))

@@ -1,7 +1,6 @@
-"""Whole runs of the three scripts, as a user gives them: what they leave, kills, faults, mistakes."""
+"""Whole runs of the three scripts, as a user starts them: what they leave, kills, faults, mistakes."""
 
 import functools
-import json
 import os
 import random
 import re
@@ -9,18 +8,18 @@ import shutil
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-import torchvision
 from PIL import Image
 
 import actgen
 import common
 import diagen
 import dreamda
-from digits import inside, judge, world
+from digits import world
 from runs import (
     TWO_PROCESSES,
     check_imagefolder,
@@ -28,7 +27,6 @@ from runs import (
     check_ladder,
     cut,
     die_at,
-    draw_no_pictures,
     empty,
     exit_status,
     grey_levels,
@@ -37,6 +35,8 @@ from runs import (
     in_this_process,
     in_two_children,
     lines_of,
+    metrics_of,
+    read_json,
     result_and_files,
     start_child,
     stripes,
@@ -46,31 +46,23 @@ from runs import (
 
 pytestmark = pytest.mark.usefixtures("quick")
 
-TINY = {
-    actgen: dict(
-        epochs=4, images_per_epoch=4, generation_batch_size=2, steps=4, eval_every=4, genval_share=0.5
-    ),
-    dreamda: dict(
-        variations=2, steps=3, generation_batch_size=6, epochs=2, eval_every=2, batch_size=8, heads=2
-    ),
-    diagen: dict(
-        epochs=2, iterations=2, filter_epochs=2, batch_size=4, steps=4, variations=2, inversion_steps=4,
-        inversion_batch_size=2, generation_batch_size=4, prompts_per_class=3,
-    ),
-}  # fmt: skip
+ACTGEN = dict(epochs=4, images_per_epoch=4, generation_batch_size=2, steps=4, eval_every=4, genval_share=0.5)
+DREAMDA = dict(variations=2, steps=3, generation_batch_size=6, epochs=2, eval_every=2, batch_size=8, heads=2)
+DIAGEN = dict(epochs=2, iterations=2, filter_epochs=2, batch_size=4, steps=4, variations=2, inversion_steps=4)
+DIAGEN |= dict(inversion_batch_size=2, generation_batch_size=4, prompts_per_class=3)
+TINY = {actgen: ACTGEN, dreamda: DREAMDA, diagen: DIAGEN}
 DIGITS = {  # a tiny run on digits
-    actgen: TINY[actgen] | dict(examples_per_class=4),
-    dreamda: TINY[dreamda] | dict(examples_per_class=1, threshold=0.0),
-    diagen: TINY[diagen] | dict(examples_per_class=1, generation_batch_size=20, inversion_steps=2),
+    actgen: ACTGEN | dict(examples_per_class=4),
+    dreamda: DREAMDA | dict(examples_per_class=1, threshold=0.0),
+    diagen: DIAGEN | dict(examples_per_class=1, generation_batch_size=20, inversion_steps=2),
 }
+OWN = dict(dataset="folder", diffusion=common.DIGITS_SD, classifier="small_cnn", image_size=32, workers=0)
+OWN |= dict(augment="crop", lr=1e-3, pretrained=False, examples_per_class=0)
 FOLDER = {  # a tiny run on a folder of images; the test adds data_dir and out
-    script: TINY[script]
-    | dict(dataset="folder", diffusion=common.DIGITS_SD, classifier="small_cnn", pretrained=False)
-    | dict(image_size=32, augment="crop", lr=1e-3, workers=0)
-    for script in TINY
+    actgen: ACTGEN | OWN | dict(attention_resolution=8, optimizer="adamw", batch_size=4),
+    dreamda: DREAMDA | OWN | dict(optimizer="adamw"),
+    diagen: DIAGEN | OWN | dict(examples_per_class=4, frozen=False),
 }
-FOLDER[actgen] |= dict(attention_resolution=8, optimizer="adamw", batch_size=4)
-FOLDER[dreamda] |= dict(optimizer="adamw")
 TITLES = {
     actgen: ["real only", "ActGen"],
     dreamda: ["standard augmentation", "seed labels", "AMST"],
@@ -78,6 +70,14 @@ TITLES = {
 }
 IMAGES = {actgen: 8, dreamda: 20, diagen: 20}  # synthetic images of the tiny run on digits
 each_script = pytest.mark.parametrize("script", TINY, ids=[script.__name__ for script in TINY])
+SYNTHETIC = "synthetic/metadata.jsonl"
+
+
+def run_well(script, *words, **arguments) -> str:
+    """What a run prints that must end well."""
+    status, stdout, stderr = in_this_process(script, *words, **arguments)
+    assert status == 0, stderr
+    return stdout
 
 
 @pytest.fixture(scope="module")
@@ -87,9 +87,7 @@ def finished(tmp_path_factory, quick):
     @functools.cache
     def run(script):
         out = tmp_path_factory.mktemp(script.__name__) / "digits"
-        status, stdout, stderr = in_this_process(script, **DIGITS[script], out=out, pictures=True)
-        assert status == 0, stderr
-        return out, stdout
+        return out, run_well(script, **DIGITS[script], out=out, pictures=True)
 
     return run
 
@@ -105,57 +103,48 @@ def striped(tmp_path):
     return {"data_dir": tmp_path / "stripes", "image_size": 16, "augment": "none"}
 
 
-def metrics_of(out) -> dict[str, list[dict]]:
-    """The lines of metrics.jsonl of each classifier."""
-    lines = {}
-    for line in lines_of(out / "metrics.jsonl"):
-        lines.setdefault(line["classifier"], []).append(line)
-    return lines
-
-
 # --- what a run leaves
 
 
 @each_script
 def test_a_run_writes_all_its_files(script, finished):
     out, stdout = finished(script)
-    config = json.loads((out / "config.json").read_text())
+    config = read_json(out / "config.json")
     assert config["args"] | DIGITS[script] == config["args"] and "torch" in config["versions"]
-    unset = [name for name, value in config["args"].items() if value is None]
-    assert set(unset) <= {"style", "synthetic", "embeddings", "lora"}
-    result, metrics = json.loads((out / "result.json").read_text()), metrics_of(out)
+    assert {name for name, value in config["args"].items() if value is None} <= {"style"}
+    result, metrics = read_json(out / "result.json"), metrics_of(out)
     assert list(result) == list(metrics) == TITLES[script]
     for title, lines in metrics.items():
         assert [line["epoch"] for line in lines] == [*range(1, DIGITS[script]["epochs"] + 1)]
-        assert len(torch.load(out / f"{common.slug(title)}.pt", weights_only=True)["log"]) == len(lines)
-        if script is not diagen:
-            assert lines[-1]["test"] == result[title]["test"]["top1"]
+        assert all(np.isfinite(line["loss"]) and line["seconds"] > 0 for line in lines)
+        assert script is diagen or lines[-1]["test"] == result[title]["test"]["top1"]
     for split in ("test", "test_ood"):
-        for kind, key in (("top-1", "top1"), ("class mean", "class_mean")):
-            *printed, gain = map(float, re.search(rf"^{split}, {kind} +(.+)$", stdout, re.M)[1].split())
-            accuracies = [100 * r[split][key] for r in result.values()]
-            assert printed == pytest.approx(accuracies, abs=0.051)
-            assert gain == pytest.approx(accuracies[-1] - accuracies[0], abs=0.051)
+        *printed, gain = map(float, re.search(rf"^{split} +(.+)$", stdout, re.M)[1].split())
+        accuracies = [100 * scores[split]["top1"] for scores in result.values()]
+        assert printed == pytest.approx(accuracies, abs=0.051)
+        assert gain == pytest.approx(accuracies[-1] - accuracies[0], abs=0.051)
     assert re.search(rf"^accuracy in % +{'  +'.join(TITLES[script])} +gain$", stdout, re.M)
     assert int(re.search(r"(\d+) images generated", stdout)[1]) == IMAGES[script]
-    assert set(TITLES[script]) <= set(json.loads((out / "seconds.json").read_text()))
     pictures = [out / "curves.png", *(out / "samples").iterdir()]
     assert len(pictures) > 1 and all(min(Image.open(picture).size) >= 64 for picture in pictures)
+    records = lines_of(out / SYNTHETIC)
+    check_imagefolder(out / "synthetic", records)
+    assert len(records) == IMAGES[script] == len([*out.glob("synthetic/*/*.png")])
+    assert all(r["class_name"] == world.NAMES[r["label"]] == r["file_name"].split("/")[0] for r in records)
 
 
 @each_script
-def test_the_synthetic_folder_is_an_image_folder_with_metadata(script, finished):
-    out, _ = finished(script)
-    images = torchvision.datasets.ImageFolder(out / "synthetic")
-    records = lines_of(out / "synthetic" / "metadata.jsonl")
-    assert len(images) == len(records) == IMAGES[script]
-    check_imagefolder(out / "synthetic", records)
-    assert all(image.size == (32, 32) for image, _ in images)
-    for r in records:
-        assert r["class_name"] == world.NAMES[r["label"]] == r["file_name"].split("/")[0]
-        assert len(r["seed"]) == 3
-        if script is not diagen:
-            assert r["prompt"] == f"a photo of a {r['class_name']}"
+def test_a_loaded_classifier_scores_what_the_run_reported(script, finished):
+    """Of every title, on test and test_ood; an unknown title is refused."""
+    (out, _), data = finished(script), common.load_data("digits", "", 32)
+    for title, scores in read_json(out / "result.json").items():
+        net, names = common.load_classifier(out, title)
+        again = common.evaluate(net, data, common.make_accelerator())
+        assert names == world.NAMES and not net.training
+        for split in ("test", "test_ood"):
+            assert again[split] == pytest.approx(scores[split], rel=1e-4)
+    with pytest.raises(common.UserError, match="has no trained classifier 'ActDream'"):
+        common.load_classifier(out, "ActDream")
 
 
 def test_actgens_images_join_the_training_set_and_gen_val_at_half_time(finished):
@@ -163,82 +152,50 @@ def test_actgens_images_join_the_training_set_and_gen_val_at_half_time(finished)
     lines = metrics_of(out)["ActGen"]
     assert [line["synthetic"] for line in lines] == [0, 4, 8, 8]
     assert [line["images"] - line["synthetic"] for line in lines] == [20, 20, 40, 40]
-    assert ["misclassified" in line for line in lines] == [False, True, True, False]
     files = {path.stem for path in out.glob("synthetic/*/*.png")}
     assert files == {path.stem for path in out.glob("latents/*.pt")} and len(files) == 8
     assert torch.load(next(out.glob("latents/*.pt")), weights_only=True).shape == (4, 16, 16)
+    planned = [record for path in sorted(out.glob("plans/*")) for record in read_json(path)]
+    assert planned == lines_of(out / SYNTHETIC)
+    assert [r["seed"] for r in planned] == [[0, j // 4, j % 4] for j in range(8)]
 
 
-def test_dreamda_reports_labels_and_distances(finished):
-    out, _ = finished(dreamda)
-    result, metrics = json.loads((out / "result.json").read_text()), metrics_of(out)
-    for title, lines in metrics.items():
-        assert {line["images"] for line in lines} == {10}
-        assert {line["pool"] for line in lines} == {0 if title == "standard augmentation" else 20}
-        assert all("labelled" in line for line in lines) == (title != "standard augmentation")
-    assert [line["labelled"] for line in metrics["seed labels"]] == [1.0, 1.0]
+def test_dreamda_says_how_many_images_of_its_pool_have_a_label_and_how_many_rightly(finished, tmp_path):
+    out, stdout = finished(dreamda)
+    metrics, records = metrics_of(out), lines_of(out / SYNTHETIC)
     assert all(np.isfinite(line["orthogonality"]) for line in metrics["AMST"])
-    assert {"fid", "kid", "precision", "recall", "oracle"} == set(result["AMST"]["distances"])
-    records = lines_of(out / "synthetic" / "metadata.jsonl")
-    assert {r["guide_index"] for r in records} == set(range(10))
-    assert all(r["pseudo_label"] in (None, *range(10)) for r in records)
-
-
-@each_script
-def test_a_run_says_how_a_classifier_of_real_images_reads_its_synthetic_ones(script, finished):
-    out, stdout = finished(script)
-    result = json.loads((out / "result.json").read_text())
-    judged, baseline = list(result.values())[-1]["judged"], next(iter(result))
-    weights = torch.load(out / f"{common.slug(baseline)}.pt", weights_only=True)["model"]
-    classifier = common.build_classifier("small_cnn", world.NAMES, 32)
-    classifier.load_state_dict(dict(zip(classifier.state_dict(), weights.values(), strict=True)))
-    records = lines_of(out / "synthetic" / "metadata.jsonl")
-    images = [common.open_image(out / "synthetic" / r["file_name"]) for r in records]
-    x = torch.stack([torch.from_numpy(np.array(i)).permute(2, 0, 1).float() / 255 for i in images])
-    with torch.no_grad():
-        read = classifier.eval()(x).argmax(1) == torch.tensor([r["label"] for r in records])
-    assert judged["by"] == baseline and judged["read"] == pytest.approx(read.float().mean().item(), abs=0.051)
-    if script is not diagen:  # whose scores are those of its best epoch
-        assert judged["read_test"] == pytest.approx(result[baseline]["test"]["top1"], abs=0.011)
-    assert judged["fid"] > 0 and f"{baseline} reads {100 * judged['read']:.1f} %" in stdout
+    assert [r["guide_index"] for r in records] == [i for i in range(10) for _ in range(2)]
+    few = sum(r["pseudo_label"] is not None for r in records)  # two new heads hardly agree
+    assert f"{few} of the 20 images of the pool have a label" in stdout
+    reuse = DIGITS[dreamda] | {"synthetic": out, "labels": "head", "out": tmp_path}
+    stdout, records = run_well(dreamda, "--no_baseline", **reuse), lines_of(tmp_path / "labels.jsonl")
+    images = common.images_of(records, out / "synthetic", common.make_transforms(32)[1])
+    truth = common.load_data("digits", "", 32).truth(images, common.make_accelerator())
+    right = (torch.tensor([r["pseudo_label"] for r in records]) == truth).float().mean()
+    assert f"20 of the 20 images of the pool have a label; {100 * right:.0f} % of these" in stdout
 
 
 def test_diagens_best_epoch_counts_and_its_images_have_prompts_and_weights(finished):
     out, _ = finished(diagen)
-    result, metrics = json.loads((out / "result.json").read_text()), metrics_of(out)
-    data = common.load_data("digits", "", 32, "none")
+    result, metrics = read_json(out / "result.json"), metrics_of(out)
     for title, scores in result.items():
         best = max(metrics[title], key=lambda line: line["val"])  # the first of the best
-        assert scores["val"]["class_mean"] == best["val"]
-        weights = torch.load(out / f"{common.slug(title)}.pt", weights_only=True)["best"]["weights"]
-        classifier = common.build_classifier("small_cnn", world.NAMES, 32)
-        classifier.load_state_dict(weights)
-        logits, y = common.predict(classifier, data.test, common.make_accelerator())
-        assert scores["test"]["top1"] == pytest.approx(
-            (logits.argmax(1) == y).float().mean().item(), abs=0.011
-        )
-        synthetic = title != "standard augmentation"
-        assert (sum(line["synthetic_share"] for line in metrics[title]) > 0) == synthetic
-        assert ("distances" in scores, scores["synthetic"]) == (synthetic, 20 * synthetic)
-        assert ("filter" in scores) == (title == "DIAGen")
+        assert (scores["val"]["class_mean"], scores["epoch"]) == (pytest.approx(best["val"]), best["epoch"])
+        assert scores["synthetic"] == (0 if title == "standard augmentation" else 20)
     fit = result["DIAGen"]["filter"]
-    assert fit["nll_calibrated"] <= fit["nll"] and fit["temperature"] > 0
-    for name in world.NAMES:
-        row = diagen.load_embedding(out / "embeddings" / name / "learned_embeds.safetensors", 96)
-        assert 0.01 < row.std() < 10
-
-    prompts = diagen.read_prompts(out / "prompts.csv", world.NAMES)
-    records = lines_of(out / "synthetic" / "metadata.jsonl")
-    assert all(len(lines) == 3 for lines in prompts.values())
+    assert fit["after"]["nll"] <= fit["before"]["nll"] and fit["temperature"] > 0
+    rows = [line.split(";") for line in (out / "prompts.csv").read_text().splitlines()[1:]]
+    prompts = {name: [row[2] for row in rows if row[0] == name] for name in world.NAMES}
+    records = lines_of(out / SYNTHETIC)
     for i, r in enumerate(records):
         name, variant = r["class_name"], i % 2
-        assert r["prompt"].replace(f"<{name}|{variant}>", name) == prompts[name][variant] != r["prompt"]
+        assert r["prompt"].replace(f"<{name}|{variant}>", "{name}") == prompts[name][variant]
         assert r["seed"] == [0, r["guide_index"], variant] and 0 <= r["confidence"] <= 1
-    q, w = (torch.tensor([r[k] for r in records]).view(10, 2) for k in ("confidence", "weight"))
+    q, w = (torch.tensor([r[key] for r in records]).view(10, 2) for key in ("confidence", "weight"))
     assert torch.allclose(diagen.weights_of(q), w) and w.std() > 0
     plain = lines_of(out / "da_fusion" / "metadata.jsonl")
     assert all(r["weight"] == 0.5 and r["prompt"] == f"a photo of a <{r['class_name']}|0>" for r in plain)
-    assert len([*out.glob("da_fusion/*/*.png")]) == 20
+    assert len([*out.glob("da_fusion/*/*.png")]) == 20 == 2 * len([*out.glob("embeddings/*/*")])
 
 
 OTHER = {actgen: ("steps", 4, 5), dreamda: ("threshold", 0.0, 0.5), diagen: ("lr", 0.001, 0.002)}
@@ -246,55 +203,46 @@ OTHER = {actgen: ("steps", 4, 5), dreamda: ("threshold", 0.0, 0.5), diagen: ("lr
 
 @each_script
 def test_a_finished_run_says_so_refuses_other_arguments_and_can_be_overwritten(script, finished, tmp_path):
-    shutil.copytree(finished(script)[0], out := tmp_path / "copy")
-    status, stdout, _ = in_this_process(script, **DIGITS[script], out=out)
-    assert status == 0 and "is finished" in stdout
-    before = finished(script)[1].replace(str(finished(script)[0]), str(out))
-    assert stdout.splitlines()[-6:] == before.splitlines()[-6:]
+    (first, printed), out = finished(script), tmp_path / "copy"
+    shutil.copytree(first, out)
+    stdout = run_well(script, **DIGITS[script], out=out)
+    assert "is finished" in stdout and stdout.endswith(printed.replace(str(first), str(out))[-90:])
     name, old, new = OTHER[script]
     error = the_error(in_this_process(script, **DIGITS[script] | {name: new}, out=out))
     assert f"--{name} {old}" in error and f"--{name} {new}" in error and str(out) in error
-    (out / "synthetic" / "one" / "old.png").parent.mkdir(exist_ok=True)
-    (out / "synthetic" / "one" / "old.png").touch()
-    other = DIGITS[script] | {name: new, "baseline": False}
-    status, stdout, _ = in_this_process(script, "--overwrite", **other, out=out)
-    assert status == 0 and "is finished" not in stdout
-    assert (
-        not (out / "synthetic" / "one" / "old.png").exists() and list(metrics_of(out)) == TITLES[script][-1:]
-    )
-    assert json.loads((out / "config.json").read_text())["args"][name] == new
+    (out / "synthetic" / "old.png").touch()
+    stdout = run_well(script, "--overwrite", "--no_baseline", **DIGITS[script] | {name: new}, out=out)
+    assert "is finished" not in stdout
+    assert not (out / "synthetic" / "old.png").exists() and list(metrics_of(out)) == TITLES[script][-1:]
+    assert read_json(out / "config.json")["args"][name] == new
 
 
 @each_script
 def test_a_folder_of_ones_own_images_runs_end_to_end(script, mine):
-    """DIAGen draws four of five images per class; the fifth is for validation."""
-    status, stdout, stderr = in_this_process(script, **FOLDER[script] | mine)
+    """DIAGen draws four of five images per class; of the others one is for validation."""
+    stdout = run_well(script, **FOLDER[script] | mine)
     count = {actgen: 8, dreamda: 20, diagen: 16}[script]
-    assert status == 0 and f"{count} images generated" in stdout, stderr
-    records = lines_of(mine["out"] / "synthetic" / "metadata.jsonl")
-    assert {r["class_name"] for r in records} <= {"guinea pig", "baker's yeast"} and len(records) == count
+    records = lines_of(mine["out"] / SYNTHETIC)
+    assert f"{count} images generated" in stdout and len(records) == count
+    assert {r["class_name"] for r in records} <= {"guinea pig", "baker's yeast"}
     assert all((mine["out"] / "synthetic" / r["file_name"]).exists() for r in records)
     guides = [Path(r["guide"]) for r in records if r["guide"]]
     assert guides and all(g.is_relative_to(mine["data_dir"] / "train") and g.exists() for g in guides)
-    if script is not actgen:  # which has misclassified guides again
-        assert len(set(guides)) == count / 2
-    last = [*json.loads((mine["out"] / "result.json").read_text()).values()][-1]
-    assert not last.get("distances")  # there is no oracle
+    assert script is actgen or len(set(guides)) == count / 2  # ActGen's may be guides again
 
 
-def test_a_run_works_in_two_processes_of_its_own(mine):
-    """As a user starts them, where nothing is imported but by the script."""
+def test_torchrun_works_on_cpus_without_further_settings(mine):
+    """As a user starts two processes, where nothing is imported but by the script."""
     status, stdout, stderr = in_own_process(actgen, launcher=TWO_PROCESSES, **FOLDER[actgen] | mine)
     assert status == 0 and "8 images generated" in stdout, stderr
-    assert {picture.name for picture in mine["out"].glob("**/*.png")} >= {"inside.png", "curves.png"}
+    assert stdout.count("images generated") == 1 and (mine["out"] / "curves.png").exists()
 
 
 @each_script
 def test_real_images_alone_need_no_generator(script, mine):
-    arguments = FOLDER[script] | mine | {"diffusion": "/nowhere/sd"}
-    status, stdout, stderr = in_this_process(script, "--real_only", **arguments)
-    assert status == 0 and "0 images generated" in stdout, stderr
-    assert list(json.loads((mine["out"] / "result.json").read_text())) == TITLES[script][:1]
+    stdout = run_well(script, "--real_only", **FOLDER[script] | mine | {"diffusion": "/nowhere/sd"})
+    assert "0 images generated" in stdout
+    assert list(read_json(mine["out"] / "result.json")) == TITLES[script][:1]
 
 
 @each_script
@@ -304,89 +252,67 @@ def test_classes_of_any_name_and_one_of_a_single_image_run(script, tmp_path):
     folders = ['naïve "café"', "漢字 😀", f"{long}.jpg", "it's; $HOME & co"]
     names = [common.english(name) for name in folders]
     for split, name in ((split, name) for split in ("train", "val", "test") for name in folders):
-        (tmp_path / "data" / split / name).mkdir(parents=True)
+        (folder := tmp_path / "data" / split / name).mkdir(parents=True)
         for i in range(1 if split == "train" and name == names[1] else 4):
-            Image.fromarray(rng.integers(0, 256, (32, 32, 3), np.uint8)).save(
-                tmp_path / "data" / split / name / f"{i}.png"
-            )
+            Image.fromarray(rng.integers(0, 256, (32, 32, 3), np.uint8)).save(folder / f"{i}.png")
     arguments = FOLDER[script] | {"data_dir": tmp_path / "data", "out": tmp_path / "run", "prompt": "{}"}
-    if script is diagen:
-        arguments["examples_per_class"] = 1
-    status, _, stderr = in_this_process(script, "--no_baseline", **arguments)
-    assert status == 0, stderr
-    records = lines_of(tmp_path / "run" / "synthetic" / "metadata.jsonl")
+    run_well(script, "--no_baseline", **arguments | ({"examples_per_class": 1} if script is diagen else {}))
+    records = lines_of(tmp_path / "run" / SYNTHETIC)
     assert all((tmp_path / "run" / "synthetic" / r["file_name"]).exists() for r in records)
     drawn = {r["class_name"] for r in records}
     assert drawn <= set(names) if script is actgen else drawn == set(names)
 
 
-# --- stopped and given again
+# --- stopped and started again
 
 
-def a_run(script, out, pictures=False):
+def a_run(script, out):
     """A run in a child process; ActGen's draws all images with a guide and both losses."""
     actgen.curriculum = lambda *_: (0.0, 1.0)
-    if not pictures:
-        draw_no_pictures(pytest.MonkeyPatch(), script)
-    more = {actgen: {}, dreamda: dict(paths=2, unlabelled=4), diagen: {}}[script]
-    script.main(script.Args(**DIGITS[script] | more, out=str(out)))
+    common.save_curves = lambda *_: None
+    more = dict(paths=2, unlabelled=4) if script is dreamda else {}
+    args = script.METHOD.arguments(**DIGITS[script] | more, out=str(out))
+    common.run_once(script.METHOD, args, common.make_accelerator())
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory, quick):
-    """uninterrupted(script, pictures): what a_run leaves, and its seconds."""
+    """uninterrupted(script): what a_run leaves, and its seconds."""
 
     @functools.cache
-    def run(script, pictures):
+    def run(script):
         out, clock = tmp_path_factory.mktemp("uninterrupted"), time.time()
-        assert in_child(lambda: a_run(script, out, pictures)) == 0
+        assert in_child(lambda: a_run(script, out)) == 0
         return result_and_files(out), time.time() - clock
 
     return run
 
 
-KILLS = [  # script, the function whose n-th call ends the process, what the run was doing
-    (actgen, common, "train_epoch", 3, "training the baseline"),
-    (actgen, common, "train_epoch", 6, "training"),
-    (actgen, actgen, "ask", 2, "asking the classifier"),
-    (actgen, actgen, "generate", 2, "drawing the second batch after the first epoch"),
-    (actgen, actgen, "generate", 4, "drawing the second batch after the second epoch"),
-    (actgen, common, "save_png", 8, "writing images"),
-    (actgen, torch, "save", 3, "writing a checkpoint of the baseline"),
-    (actgen, torch, "save", 7, "writing latents"),
-    (actgen, torch, "save", 10, "writing a checkpoint after drawing"),
-    (actgen, common, "save_curves", 1, "writing the result"),
-    (dreamda, dreamda, "vary", 3, "drawing"),
-    (dreamda, common, "save_png", 8, "writing images"),
-    (dreamda, dreamda, "self_training_loss", 2, "training the first baseline"),
-    (dreamda, dreamda, "self_training_loss", 6, "training"),
-    (dreamda, torch, "save", 5, "writing a checkpoint"),
-    (dreamda, dreamda, "save_labels", 1, "writing the pseudo-labels"),
-    (diagen, diagen, "save_embedding", 2, "writing embeddings"),
-    (diagen, diagen, "img2img", 2, "drawing"),
-    (diagen, common, "save_png", 27, "writing images"),
-    (diagen, common, "train_epoch", 6, "training the filter"),
-    (diagen, torch, "save", 5, "writing the confidences"),
-    (diagen, common, "train_epoch", 8, "training"),
-    (diagen, torch, "save", 7, "writing a checkpoint"),
-    (diagen, common, "save_curves", 1, "writing the result"),
-    *((script, inside, "save", 1, "drawing its picture") for script in TINY),
-]
+KILLS = {  # what the run was doing: script, the function whose n-th call ends the process
+    "training ActGen's baseline": (actgen, common, "train_epoch", 3),
+    "asking the classifier": (actgen, actgen, "ask", 2),
+    "drawing a second batch after the second epoch": (actgen, actgen, "generate", 4),
+    "writing images": (actgen, common, "to_pil", 8),
+    "writing a checkpoint after drawing": (actgen, torch, "save", 12),
+    "writing ActGen's result": (actgen, common.Run, "finish", 1),
+    "drawing variations": (dreamda, dreamda, "vary", 3),
+    "training by AMST": (dreamda, dreamda, "self_training_loss", 6),
+    "writing embeddings": (diagen, diagen, "save_file", 2),
+    "training the filter": (diagen, common, "train_epoch", 6),
+    "writing DIAGen's result": (diagen, common.Run, "finish", 1),
+}
 
 
-@pytest.mark.parametrize(
-    "script, module, name, n", [k[:4] for k in KILLS], ids=[f"{k[0].__name__} {k[4]}" for k in KILLS]
-)
-def test_the_result_is_the_same_after_a_kill_while(script, module, name, n, tmp_path, uninterrupted):
-    pictures = module is inside
-    expected, _ = uninterrupted(script, pictures=pictures)
-    run = functools.partial(a_run, script, pictures=pictures)
-    check_kill(module, name, n, run, tmp_path, expected, result_and_files)
+@pytest.mark.parametrize("doing", KILLS)
+def test_the_result_is_the_same_after_a_kill_while(doing, tmp_path, uninterrupted):
+    script, module, name, n = KILLS[doing]
+    expected, _ = uninterrupted(script)
+    check_kill(module, name, n, functools.partial(a_run, script), tmp_path, expected, result_and_files)
 
 
 @each_script
 def test_twenty_kills_at_random_moments_change_nothing(script, tmp_path, uninterrupted):
-    (expected, seconds), kills, out = uninterrupted(script, pictures=False), 0, tmp_path / "killed"
+    (expected, seconds), kills, out = uninterrupted(script), 0, tmp_path / "killed"
     rng = random.Random(0)
     while kills < 20:
         pid = start_child(lambda: a_run(script, out))
@@ -402,97 +328,70 @@ def test_twenty_kills_at_random_moments_change_nothing(script, tmp_path, uninter
 
 
 @each_script
-def test_images_of_a_killed_run_are_not_taken_for_those_of_other_arguments(script, tmp_path):
-    assert in_child(lambda: (die_at(common, "save_png", 2), a_run(script, tmp_path))) == 9
-    assert len([*tmp_path.glob("*/*/*.png")]) == 1
-    error = the_error(in_this_process(script, **DIGITS[script] | {"guidance_scale": 1.5}, out=tmp_path))
-    assert "--guidance_scale" in error or "--unlabelled" in error or "--paths" in error
+def test_data_that_changed_between_a_kill_and_going_on_is_refused(script, mine):
+    arguments = FOLDER[script] | mine
+    assert in_child(lambda: (die_at(common, "set_lr", 3), in_this_process(script, **arguments))) == 9
+    Image.new("RGB", (20, 20)).save(mine["data_dir"] / "train" / "guinea pig" / "added.png")
+    error = the_error(in_this_process(script, **arguments))
+    assert re.search(r"the data set changed since the run in .*(train|val): \d+ images", error)
+    run_well(script, "--overwrite", "--no_baseline", **arguments)
+
+
+def test_a_killed_run_goes_on_only_with_its_own_arguments_but_with_less_memory(tmp_path, uninterrupted):
+    """Another batch size of generation and other loading processes change no image but for rounding."""
+    assert in_child(lambda: (die_at(common, "to_pil", 8), a_run(dreamda, tmp_path / "run"))) == 9
+    same = DIGITS[dreamda] | dict(paths=2, unlabelled=4, out=tmp_path / "run")
+    assert "--guidance_scale" in the_error(in_this_process(dreamda, **same | {"guidance_scale": 1.5}))
+    run_well(dreamda, "--gradient_checkpointing", **same | dict(generation_batch_size=2, workers=1))
+    assert in_child(lambda: a_run(dreamda, tmp_path / "whole")) == 0
+    assert grey_levels(tmp_path / "run", tmp_path / "whole") <= 2
+    shutil.move(tmp_path / "run", moved := tmp_path / "elsewhere" / "run")
+    (moved / "result.json").unlink()
+    shutil.copytree(common.DIGITS_SD, tmp_path / "sd")  # a model folder that moved
+    run_well(dreamda, **same | dict(out=moved, diffusion=tmp_path / "sd"))
 
 
 def test_images_that_are_missing_are_drawn_again_the_same(tmp_path, uninterrupted):
     """With their whole batches, whose size decides over the last bits."""
-    expected, _ = uninterrupted(dreamda, pictures=False)
-    assert in_child(lambda: (die_at(dreamda, "save_labels", 1), a_run(dreamda, tmp_path))) == 9
+    assert in_child(lambda: (die_at(dreamda, "make_pool", 1), a_run(dreamda, tmp_path))) == 9
     times = {path: path.stat().st_mtime_ns for path in tmp_path.glob("synthetic/*/*.png")}
-    records = lines_of(tmp_path / "synthetic" / "metadata.jsonl")
     for i in (0, 7):
-        (tmp_path / "synthetic" / records[i]["file_name"]).unlink()
+        (tmp_path / "synthetic" / lines_of(tmp_path / SYNTHETIC)[i]["file_name"]).unlink()
     assert in_child(lambda: a_run(dreamda, tmp_path)) == 0
-    assert result_and_files(tmp_path) == expected
+    assert result_and_files(tmp_path) == uninterrupted(dreamda)[0]
     assert sum(path.stat().st_mtime_ns != time for path, time in times.items()) == 12
-
-
-def test_a_run_goes_on_with_less_memory(tmp_path, uninterrupted):
-    """Another batch size of generation and other loading processes, the images but for rounding."""
-    (scores, _), _ = uninterrupted(dreamda, pictures=False)
-    assert in_child(lambda: (die_at(common, "save_png", 8), a_run(dreamda, tmp_path / "run"))) == 9
-    less = DIGITS[dreamda] | dict(
-        paths=2, unlabelled=4, generation_batch_size=2, workers=1, out=tmp_path / "run"
-    )
-    status, _, stderr = in_this_process(dreamda, "--gradient_checkpointing", **less)
-    assert status == 0, stderr
-    assert in_child(lambda: a_run(dreamda, tmp_path / "whole")) == 0
-    assert grey_levels(tmp_path / "run", tmp_path / "whole") <= 2
-    assert list(json.loads((tmp_path / "run" / "result.json").read_text())) == list(scores)
 
 
 def test_ctrl_c_says_that_the_run_can_go_on(mine, monkeypatch):
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
-    arguments = FOLDER[actgen] | mine
     with monkeypatch.context() as patch:
         patch.setattr(common, "train_epoch", lambda *_: signal.raise_signal(signal.SIGINT))
-        assert "stopped; the same command goes on" in the_error(in_this_process(actgen, **arguments))
+        assert "stopped; the same command goes on" in the_error(
+            in_this_process(actgen, **FOLDER[actgen] | mine)
+        )
     signal.signal(signal.SIGINT, before)
-    assert in_this_process(actgen, **arguments)[0] == 0
+    run_well(actgen, **FOLDER[actgen] | mine)
 
 
 # --- faults of machines
 
 
-@each_script
-def test_a_second_run_on_the_folder_is_refused_and_the_first_goes_on(script, tmp_path):
-    pid = start_child(lambda: script.main(script.Args(**DIGITS[script], out=str(tmp_path))))
-    while not (tmp_path / "config.json").exists():
-        time.sleep(0.01)
-    error = the_error(in_this_process(script, **DIGITS[script], out=tmp_path))
-    assert "another process is running" in error
-    assert exit_status(pid) == 0 and (tmp_path / "result.json").exists()
-
-
-@each_script
-def test_a_truncated_checkpoint_is_named(script, finished, tmp_path):
-    shutil.copytree(finished(script)[0], out := tmp_path / "copy")
-    (out / "result.json").unlink()
-    checkpoint = out / f"{common.slug(TITLES[script][-1])}.pt"
-    for length in (20_000, 300, 0):
-        os.truncate(checkpoint, length)
-        error = the_error(in_this_process(script, **DIGITS[script], out=out))
-        assert f"cannot read {checkpoint}" in error and len(error) < 500
-
-
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
-@each_script
-def test_a_full_disk_is_named_and_the_run_goes_on_when_there_is_space(script, tmp_path):
-    (tmp_path / f"{common.slug(TITLES[script][-1])}.pt.tmp").symlink_to("/dev/full")
-    error = the_error(in_this_process(script, "--no_baseline", **DIGITS[script], out=tmp_path))
-    assert "No space left on device; mend this or give another --out" in error
-    [*tmp_path.glob("*.tmp")][0].unlink()
-    assert in_this_process(script, "--no_baseline", **DIGITS[script], out=tmp_path)[0] == 0
+def test_a_full_disk_is_named_and_the_run_goes_on_when_there_is_space(tmp_path):
+    (tmp_path / "ActGen.pt.tmp").symlink_to("/dev/full")
+    error = the_error(in_this_process(actgen, "--no_baseline", **DIGITS[actgen], out=tmp_path))
+    assert "No space left on device" in error
+    (tmp_path / "ActGen.pt.tmp").unlink()
+    run_well(actgen, "--no_baseline", **DIGITS[actgen], out=tmp_path)
 
 
 @pytest.mark.skipif(not Path("/sys").exists(), reason="needs a folder where even root cannot write")
-@each_script
-def test_a_folder_that_cannot_be_written_is_named(script):
-    error = the_error(in_this_process(script, **DIGITS[script], out="/sys/run"))
-    assert "cannot read or write /sys/run: " in error and "give another --out" in error
+def test_a_folder_that_cannot_be_written_is_named():
+    error = the_error(in_this_process(actgen, **DIGITS[actgen], out="/sys/run"))
+    assert "cannot read or write /sys/run: " in error
 
 
 # --- mistakes
-
-
-def rename(d, new):
-    for split in ("train", "test"):
-        (d / "data" / split / "guinea pig").rename(d / "data" / split / new)
 
 
 def leave_one(d):
@@ -505,126 +404,62 @@ def write_prompts(text):
     return lambda d: (d / "p.csv").write_text(text)
 
 
-def spoil_token(d):
-    for name in ("guinea pig", "baker's yeast"):
-        folder = d / "tokens" / "embeddings" / name
-        folder.mkdir(parents=True)
-        diagen.save_embedding(torch.zeros(7), "<x>", folder / "learned_embeds.safetensors")
-
-
-MISTAKES = [  # what is done to the folder, arguments, words of the error
-    (None, {"dataset": "cifar11"}, "unknown dataset 'cifar11'.* digits, "),
-    (None, {"data_dir": "/nowhere/at/all"}, "/nowhere/at/all/train is missing"),
-    (lambda d: shutil.rmtree(d / "data/train"), {}, "/data/train is missing"),
-    (lambda d: empty(d / "data/train"), {}, "/data/train has no class folders"),
-    (lambda d: empty(d / "data/train/guinea pig"), {}, "/train/guinea pig has no images"),
-    (lambda d: empty(d / "data/test/owl"), {}, "/data/test has a class 'owl' that .*/train does not have"),
-    (lambda d: cut(d / "data/train/guinea pig/5.png"), {}, "cannot read the image .*/train/guinea pig/5.png"),
-    (lambda d: cut(d / "data/test/guinea pig/17.png"), {}, "cannot read the image .*/test/guinea pig/17.png"),
-    (None, {"examples_per_class": 9}, "--examples_per_class 9: the class 'baker's yeast' has only 5"),
-    (None, {"diffusion": "/nowhere/sd"}, "cannot load the model '/nowhere/sd': no such folder"),
-    (lambda d: empty(d / "sd"), {"diffusion": "sd"}, "cannot load the model 'sd': the folder is incomplete"),
+OF_ACTGEN = [  # what is done to the folder, arguments, words of the error
+    (lambda d: cut(d / "data/train/guinea pig/5.png"), {}, "1 of 20 images: .*/train/guinea pig/5.png"),
+    (lambda d: empty(d / "sd"), {"diffusion": "sd"}, "cannot load the model 'sd': it must be a folder"),
     (lambda d: (d / "file").touch(), {"out": "file"}, "file"),
-    (None, {"epoch_count": 3}, "unknown arguments: --epoch_count 3"),
-    (None, {"epochs": "many"}, "--epochs.*'many'"),
-    (None, {"epochs": 0}, r"--epochs 0 must lie in \[1, 1e6\]"),
-    (None, {"eval_every": 0}, "--eval_every 0 must lie in "),
-    (None, {"seed": -1}, "--seed -1 must lie in "),
-    (None, {"batch_size": 0}, "--batch_size 0 must lie in "),
-    (None, {"prompt": "a photo"}, "--prompt 'a photo' must have one {}"),
-    (None, {"steps": 2000}, "--steps 2000"),
-    (None, {"classifier": "resnet81"}, "unknown classifier 'resnet81'.* small_cnn, "),
-    (None, {"optimizer": "adamm"}, "unknown optimizer 'adamm'"),
-    (None, {"augment": "flips"}, "unknown augment 'flips'.* crop, "),
-    (None, {"lr": 1e30}, r"--lr 1e\+30 must lie in \(0, 100\]"),
+    (None, {"prompt": "a " * 20 + "{}"}, "--prompt: the class 'baker's yeast' ends at token"),
+    (None, {"epochs": 1}, r"--epochs 1 must lie in \[2, 1e6\]"),  # of which no half could draw images
+    (None, {"attention_resolution": 5}, "--attention_resolution 5: this U-Net has cross-attention at "),
+    (None, {"steps": 2000}, "--steps 2000: the model was trained with 1000 only"),
 ]
-OWN_MISTAKES = {
-    actgen: [
-        (None, {"adversarial_pixels": -1}, "--adversarial_pixels -1 must lie in "),
-        (None, {"genval_share": 0}, r"--genval_share 0.0 must lie in \(0, 1\)"),
-        (None, {"genval_share": 0.001}, "--genval_share 0.001 leaves no image for gen-val"),
-        (None, {"attention_resolution": 5}, "--attention_resolution"),
-    ],
-    dreamda: [
-        (None, {"labels": "amts"}, "unknown --labels 'amts'.* seed, amst, head, soft, clip"),
-        (None, {"inversion": "ddpm"}, "unknown --inversion 'ddpm'.* cycle, ddim, none"),
-        (None, {"perturb": "head"}, "unknown --perturb 'head'.* bottleneck, mid_input, "),
-        (None, {"labels": "clip", "clip": "/nowhere/clip"}, "cannot load the model '/nowhere/clip'"),
-        (None, {"variations": 0}, "--variations 0 must lie in "),
-        (None, {"paths": -1}, "--paths -1 must lie in "),
-        (None, {"heads": 1}, "--heads 1"),
-        (None, {"steps": 1000, "strength": 1}, "--steps 1000 with --strength 1"),
-        (None, {"strength": 0}, "--strength 0.0 must lie in "),
-        (None, {"strength": 0.1}, "--steps 3 with --strength 0.1"),
-        (None, {"unlabelled": 5}, "--unlabelled 5"),
-        (None, {"unlabelled": 11, "examples_per_class": 1}, "--unlabelled 11"),
-        (None, {"unlabelled": -1}, "--unlabelled -1 must lie in "),
-        (None, {"synthetic": "/nowhere"}, "--synthetic: no images with metadata in /nowhere/synthetic"),
-    ],
-    diagen: [
-        (None, {"method": "diagram"}, "unknown --method 'diagram'.* diagen, da_fusion, real_guidance"),
-        (leave_one, {"examples_per_class": 0}, "too few images to hold some out for validation"),
-        (lambda d: rename(d, "_"), {"prompts": "none", "initializer": ""}, "no token for ''.*--initializer"),
-        (None, {"initializer": " "}, "no token for ' '.*--initializer"),
-        (write_prompts(""), {"prompts": "p.csv"}, "p.csv has no prompts"),
-        (None, {"prompts": "p.csv"}, "cannot read the prompts p.csv"),
-        (write_prompts("\n\nguinea pig;1\n"), {"prompts": "p.csv"}, "p.csv, line 3"),
-        (write_prompts("guinea pig;1;a pig"), {"prompts": "p.csv"}, "line 1: .*'guinea pig' exactly once"),
-        (write_prompts("owl;1;an owl"), {"prompts": "p.csv"}, "line 1: .*'owl'"),
-        (None, {"prompts": "llm", "llm": "/nowhere/llm"}, "cannot load the model '/nowhere/llm'"),
-        (None, {"sigmas": -1}, r"--sigmas \[-1.0\] must lie in "),
-        (None, {"strength": 0.1}, "--steps 4 with --strength 0.1"),
-        (None, {"synthetic_probability": 2}, "--synthetic_probability 2.0 must lie in "),
-        (None, {"variations": 0}, "--variations 0 must lie in "),
-        (None, {"iterations": 0}, "--iterations 0 must lie in "),
-        (None, {"embeddings": "/nowhere"}, "--embeddings /nowhere"),
-        (spoil_token, {"embeddings": "tokens"}, "cannot read .*tokens/embeddings/.*/learned_embeds"),
-        (None, {"synthetic": "/nowhere"}, "--synthetic: no images with metadata in /nowhere/synthetic"),
-    ],
-}
-ALL_MISTAKES = [(script, *m) for script in TINY for m in MISTAKES + OWN_MISTAKES[script]]
+OF_DREAMDA = [
+    (None, {"labels": "amts"}, "--labels.*'amts'"),
+    (None, {"inversion": "ddpm"}, "--inversion.*'ddpm'"),
+    (None, {"perturb": "head"}, "--perturb 'head'.* bottleneck, mid_input, "),
+    (None, {"labels": "clip", "clip": "/nowhere/clip"}, "cannot load the model '/nowhere/clip'"),
+    (None, {"labels": "truth"}, "--labels truth: for folder the truth is not known"),
+    (None, {"heads": 1}, "--heads 1"),
+    (None, {"steps": 1000, "strength": 1}, "--steps 1000 with --strength 1"),
+    (None, {"strength": 0.1}, "--steps 3 with --strength 0.1"),
+    (None, {"unlabelled": 5}, "--unlabelled 5"),
+    (None, {"synthetic": "/nowhere"}, "--synthetic: /nowhere/synthetic lacks images or their metadata"),
+]
+OF_DIAGEN = [
+    (None, {"method": "diagram"}, "--method.*'diagram'"),
+    (leave_one, {"examples_per_class": 1}, "no class has an image to spare for validation"),
+    (None, {"initializer": " "}, "has no token for .*--initializer"),
+    (write_prompts(""), {"prompts": "p.csv"}, "p.csv has no prompts"),
+    (None, {"prompts": "p.csv"}, "cannot read p.csv"),
+    (write_prompts("\n\nguinea pig;1\n"), {"prompts": "p.csv"}, "p.csv, line 3"),
+    (write_prompts("guinea pig;1;a pig"), {"prompts": "p.csv"}, "line 1: 'guinea pig' .*exactly once"),
+    (write_prompts("owl;1;an owl"), {"prompts": "p.csv"}, "line 1: .*'owl'"),
+    (None, {"prompts": "llm", "llm": "/nowhere/llm"}, "cannot load the model '/nowhere/llm'"),
+    (None, {"sigmas": -1}, r"--sigmas -1.0 must lie in "),
+    (None, {"strength": 0.1}, "--steps 4 with --strength 0.1"),
+    (None, {"embeddings": "/nowhere"}, "--embeddings /nowhere"),
+    (None, {"frozen": True}, "--frozen trains one layer on random features"),
+    (None, {"synthetic": "/nowhere"}, "--synthetic: /nowhere/synthetic lacks images or their metadata"),
+]
+MISTAKES = {actgen: OF_ACTGEN, dreamda: OF_DREAMDA, diagen: OF_DIAGEN}
+MISTAKES = [(script, *mistake) for script, mistakes in MISTAKES.items() for mistake in mistakes]
 
 
-@pytest.mark.parametrize(
-    "script, spoil, changes, words",
-    ALL_MISTAKES,
-    ids=[f"{s.__name__} {words}" for s, *_, words in ALL_MISTAKES],
-)
-def test_a_mistake_ends_in_one_line(script, spoil, changes, words, mine, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+@pytest.mark.parametrize("script, spoil, changes, words", MISTAKES, ids=[str(m[3]) for m in MISTAKES])
+def test_a_mistake_ends_in_one_line_before_training(script, spoil, changes, words, mine, monkeypatch):
+    monkeypatch.chdir(mine["data_dir"].parent)
     if spoil:
-        spoil(tmp_path)
+        spoil(mine["data_dir"].parent)
     outcome = in_this_process(script, "--no_baseline", **FOLDER[script] | mine | changes)
-    assert re.search(words, the_error(outcome))
-
-
-def test_a_mistake_ends_in_one_line_in_a_process_of_its_own(mine):
-    """With a worker that loads the images, and whose error comes with a traceback."""
-    cut(mine["data_dir"] / "train/guinea pig/5.png")
-    arguments = FOLDER[dreamda] | mine | {"workers": 1, "baseline": False, "real_only": True}
-    assert "cannot read the image" in the_error(in_own_process(dreamda, **arguments))
+    assert re.search(words, the_error(outcome)) and not (mine["out"] / "config.json").exists()
 
 
 @each_script
 def test_after_mistakes_the_corrected_command_runs(script, mine):
     """What mistakes leave, which show before anything is trained, does not matter."""
-    mistakes = [
-        ("classifier", "resnet81"),
-        ("optimizer", "adamm"),
-        ("diffusion", "/nowhere/sd"),
-        ("batch_size", 0),
-    ]
-    mistakes += {
-        actgen: [("attention_resolution", 5), ("steps", 2000)],
-        dreamda: [("perturb", "head"), ("strength", 0), ("unlabelled", 9)],
-        diagen: [("strength", 0), ("prompts", "no.csv"), ("initializer", " ")],
-    }[script]
-    arguments = FOLDER[script] | mine
-    for name, value in mistakes:
-        the_error(in_this_process(script, **arguments | {name: value}))
-    assert not (mine["out"] / "config.json").exists()
-    status, _, stderr = in_this_process(script, "--no_baseline", **arguments)
-    assert status == 0, stderr
+    for name, value in (("classifier", "resnet81"), ("diffusion", "/nowhere/sd"), ("batch_size", 0)):
+        the_error(in_this_process(script, **FOLDER[script] | mine | {name: value}))
+    run_well(script, "--no_baseline", **FOLDER[script] | mine)
 
 
 # --- images and tokens of other runs
@@ -635,57 +470,29 @@ def test_the_images_of_another_run_give_the_same_classifier(script, finished, tm
     """Nothing is generated, and the other run is left alone."""
     source, out = finished(script)[0], tmp_path / "run"
     before = result_and_files(source)
-    reuse = DIGITS[script] | {"synthetic": source, "baseline": False, "out": out}
-    status, stdout, stderr = in_this_process(script, **reuse)
-    assert status == 0 and "20 images generated in 0 s" in stdout, stderr
+    stdout = run_well(script, "--no_baseline", **DIGITS[script] | {"synthetic": source, "out": out})
     title, (scores, files) = TITLES[script][-1], result_and_files(out)
-    assert scores == {title: {k: v for k, v in before[0][title].items() if k != "judged"}}  # no baseline does
-    assert metrics_of(out) == {title: metrics_of(source)[title]}
+    assert "20 images generated in 0 s" in stdout and scores.pop(title) == before[0][title]
+    log = [line for line in before[0].values() if line.get("classifier") == title]
+    assert [*scores.values()] == log
     assert not any(name.startswith(("synthetic", "embeddings")) for name in files)
     assert result_and_files(source) == before
-    if script is diagen:
-        assert lines_of(out / "metadata.jsonl") == lines_of(source / "synthetic" / "metadata.jsonl")
-
-
-def test_synthetic_images_that_are_gone_or_of_other_classes_are_refused(mine, finished, tmp_path):
-    shutil.copytree(finished(dreamda)[0], copy := tmp_path / "digits")
-    arguments = FOLDER[dreamda] | mine | {"synthetic": copy}
-    assert "of another data set's class 'zero'" in the_error(in_this_process(dreamda, **arguments))
-    for folder in (copy / "synthetic").glob("*/"):
-        shutil.rmtree(folder)
-    arguments = DIGITS[dreamda] | {"synthetic": copy, "out": tmp_path / "run"}
-    error = the_error(in_this_process(dreamda, **arguments))
-    assert f"the images in {copy / 'synthetic'} are missing" in error
+    own = {dreamda: "labels.jsonl", diagen: "metadata.jsonl"}[script]
+    assert lines_of(out / own) == lines_of(source / SYNTHETIC)
 
 
 @pytest.mark.parametrize("name, value", [("seed", 1), ("variations", 1), ("examples_per_class", 2)])
 def test_diagen_refuses_images_of_a_run_on_other_training_images(name, value, finished, tmp_path):
-    old = DIGITS[diagen].get(name, 0)
     arguments = DIGITS[diagen] | {"synthetic": finished(diagen)[0], "out": tmp_path / "run"} | {name: value}
     error = the_error(in_this_process(diagen, **arguments))
-    assert f"--{name} {old}" in error and f"--{name} {value}" in error
-
-
-def test_diagen_refuses_images_of_another_script_or_of_an_unfinished_run(finished, tmp_path):
-    shutil.copytree(finished(diagen)[0], other := tmp_path / "other")
-    arguments = DIGITS[diagen] | {"synthetic": other, "out": tmp_path / "run"}
-    next(other.glob("synthetic/*/*.png")).unlink()
-    assert "missing" in the_error(in_this_process(diagen, **arguments))
-    config = json.loads((other / "config.json").read_text())
-    del config["args"]["variations"]
-    (other / "config.json").write_text(json.dumps(config))
-    assert "--variations None" in the_error(in_this_process(diagen, **arguments))
-    (other / "config.json").unlink()
-    assert f"{other / 'config.json'}" in the_error(in_this_process(diagen, **arguments))
-    assert not (tmp_path / "run" / "config.json").exists()  # before anything is trained
+    assert "is of other real images" in error and name in error
 
 
 def prompts_of(mine, *words, **changes):
     """The prompts with which a DIAGen run without baselines draws, by class, and the records."""
-    arguments = FOLDER[diagen] | mine | {"baseline": False} | changes
-    status, _, stderr = in_this_process(diagen, *words, **arguments)
-    assert status == 0, stderr
-    records = lines_of(Path(arguments["out"]) / "synthetic" / "metadata.jsonl")
+    arguments = FOLDER[diagen] | mine | changes
+    run_well(diagen, "--no_baseline", *words, **arguments)
+    records = lines_of(Path(arguments["out"]) / SYNTHETIC)
     names = ("baker's yeast", "guinea pig")
     return {n: [r["prompt"] for r in records if r["class_name"] == n] for n in names}, records
 
@@ -695,11 +502,13 @@ def test_without_prompts_a_token_stands_in_the_template(mine):
     assert set(prompts["guinea pig"]) == {"one <guinea pig|0> here"} and "confidence" in records[0]
 
 
-def test_da_fusion_has_no_noise_no_prompts_and_no_weights(mine):
+def test_da_fusion_has_no_noise_no_prompts_and_no_weights_unless_they_are_given(mine, tmp_path):
     prompts, records = prompts_of(mine, method="da_fusion")
     assert prompts == {name: [f"a photo of a <{name}|0>"] * 8 for name in prompts}
     assert all(r["weight"] == 0.5 and "confidence" not in r for r in records)
-    assert list(json.loads((mine["out"] / "result.json").read_text())) == ["DA-Fusion"]
+    assert list(read_json(mine["out"] / "result.json")) == ["DA-Fusion"]
+    given = mine | {"out": tmp_path / "given", "embeddings": mine["out"]}
+    assert len(set(prompts_of(given, method="da_fusion", prompts="bank")[0]["guinea pig"])) == 3
 
 
 def test_real_guidance_learns_no_tokens(mine, monkeypatch):
@@ -709,53 +518,45 @@ def test_real_guidance_learns_no_tokens(mine, monkeypatch):
     assert not (mine["out"] / "embeddings").exists()
 
 
-def test_prompts_of_a_file_are_drawn_in_turn(mine, tmp_path):
+def test_prompts_of_a_file_are_drawn_in_turn_and_learned_tokens_are_used_again(mine, tmp_path, monkeypatch):
     (tmp_path / "mine.csv").write_text('guinea pig;1;"a Guinea Pig; asleep"\nguinea pig;2;a wet {name}\n')
-    prompts, _ = prompts_of(mine, prompts=tmp_path / "mine.csv", sigmas=0.01)
+    options = dict(prompts=tmp_path / "mine.csv", sigmas=0.01)
+    prompts, _ = prompts_of(mine, **options)
     assert prompts["guinea pig"] == ["a <guinea pig|0>; asleep", "a wet <guinea pig|0>"] * 4
     assert prompts["baker's yeast"] == ["a photo of a <baker's yeast|0>"] * 8
+    monkeypatch.setattr(diagen, "textual_inversion", None)
+    again = mine | {"out": tmp_path / "again"}
+    prompts_of(again, **options, embeddings=mine["out"], inversion_steps=500)
+    assert grey_levels(mine["out"], again["out"]) == 0 and not (again["out"] / "embeddings").exists()
 
 
 def test_a_language_model_is_asked_once_and_its_prompts_are_kept(mine, monkeypatch):
-    asked = []
-
     def ask(model, names, count, uncommon):
-        asked.append((model, count, uncommon))
-        return {name: [f"a {name} number {k}" for k in range(count)] for name in names}
+        assert (model, uncommon) == ("my/model", True)
+        return [[f"a {{}} number {k}" for k in range(count)] for _ in names]
 
+    def load(cls, model, **options):  # its template is looked at before anything is trained
+        known = SimpleNamespace(chat_template="{{ messages }}")
+        return known if model == "my/model" else from_pretrained(cls, model, **options)
+
+    from_pretrained, changes = common.from_pretrained, {"prompts": "llm", "llm": "my/model"}
+    monkeypatch.setattr(common, "from_pretrained", load)
     monkeypatch.setattr(diagen, "ask_llm", ask)
-    monkeypatch.setattr(diagen, "chat_tokenizer", lambda model: None)  # it is loaded to check that it exists
-    changes = {"prompts": "llm", "llm": "my/model"}
-    with monkeypatch.context() as patch:
-        patch.setattr(common, "save_curves", None)
-        with pytest.raises(TypeError):
-            in_this_process(diagen, "--uncommon", "--no_baseline", **FOLDER[diagen] | mine | changes)
+    assert in_child(lambda: (die_at(diagen, "img2img", 1), prompts_of(mine, "--uncommon", **changes))) == 9
+    monkeypatch.setattr(diagen, "ask_llm", None)
     prompts, _ = prompts_of(mine, "--uncommon", **changes)
-    assert asked == [("my/model", 3, True)]
-    numbered = [re.sub("<.*>", "x", p) for p in prompts["guinea pig"]]
-    assert numbered == [f"a x number {k}" for k in (0, 1, 2, 0, 1, 2, 0, 1)]
-    kept = diagen.read_prompts(mine["out"] / "prompts.csv", [*prompts])
-    assert kept["guinea pig"][2] == "a guinea pig number 2"
-
-
-def test_learned_tokens_are_used_again(mine, tmp_path, monkeypatch):
-    prompts_of(mine, sigmas=0.01)
-    monkeypatch.setattr(diagen, "textual_inversion", None)
-    again = mine | {"out": tmp_path / "again"}
-    prompts_of(again, sigmas=0.01, embeddings=mine["out"], inversion_steps=500)
-    assert grey_levels(mine["out"], again["out"]) == 0 and not (again["out"] / "embeddings").exists()
+    numbers = [re.sub("<.*>", "x", prompt) for prompt in prompts["guinea pig"]]
+    assert numbers == [f"a x number {k}" for k in (0, 1, 2, 0, 1, 2, 0, 1)]
 
 
 @pytest.mark.parametrize("labels", ["seed", "seed_heads", "head", "soft", "clip", "truth"])
 def test_every_kind_of_label_trains(labels, finished, tmp_path):
     tiny_clip(tmp_path / "clip", " ".join(world.NAMES))
-    out = tmp_path / "run"
-    reuse = DIGITS[dreamda] | {"synthetic": finished(dreamda)[0], "baseline": False, "unlabelled": 5}
-    reuse |= {"clip": tmp_path / "clip", "labels": labels, "threshold": 0.3, "out": out}
-    status, _, stderr = in_this_process(dreamda, **reuse)
-    assert status == 0, stderr
-    ((name, lines),) = metrics_of(out).items()
-    assert name == dreamda.CLASSIFIERS[labels] and {line["pool"] for line in lines} == {25}
+    reuse = DIGITS[dreamda] | {"synthetic": finished(dreamda)[0], "unlabelled": 5, "threshold": 0.3}
+    reuse |= {"clip": tmp_path / "clip", "labels": labels, "out": tmp_path / "run"}
+    stdout = run_well(dreamda, "--no_baseline", **reuse)
+    ((name, lines),) = metrics_of(tmp_path / "run").items()
+    assert name == dreamda.LABELS[labels] and re.search(r"\d+ of the 25 images of the pool", stdout)
     expected = {"soft": 1.0, "clip": 1.0, "truth": 1.0}
     expected |= dict.fromkeys(("seed", "seed_heads"), 20 / 25)  # an unlabelled image has no seed
     assert all(line["labelled"] == pytest.approx(expected.get(labels, line["labelled"])) for line in lines)
@@ -772,63 +573,28 @@ LADDERS = {
 }
 
 
-@pytest.fixture(scope="module")
-def ladder(tmp_path_factory, quick):
-    """ladder(script): the folder and the table of a tiny ladder over two seeds."""
-
-    def run(script):
-        out = tmp_path_factory.mktemp("ladder")
-        tiny = DIGITS[script] | LADDERS[script]
-        status, stdout, stderr = in_this_process(script, "--ladder", **tiny, seeds=2, out=out)
-        assert status == 0 and (out / "ladder.md").read_text(encoding="utf-8") in stdout, stderr
-        return out, check_ladder(script, out, seeds=(0, 1))
-
-    return run
-
-
-def count_images(out, rungs):
-    return [len([*(out / f"{rung}-s1").glob("synthetic/*/*.png")]) for rung in rungs]
-
-
-def test_actgens_ladder_runs_every_rung_with_every_seed(ladder):
-    out, _ = ladder(actgen)
-    assert count_images(out, ["real-only", "adversarial"]) == [0, 2]
-
-
-def test_dreamdas_ladder_runs_every_rung_with_every_seed(ladder):
-    (out, table), rungs = ladder(dreamda), list(dreamda.LADDER)
-    fid = table["distances"]["fid"]
-    assert list(fid) == rungs[1:] and len(fid[rungs[-1]]) == 2
-    assert fid["+ AMST"] == fid["+ bottleneck noise"]
-    assert count_images(out, map(common.slug, rungs)) == [0, 10, 10, 10, 10, 0]
-
-
-def test_diagens_ladder_runs_every_rung_with_every_seed(ladder):
-    (out, table), rungs = ladder(diagen), list(diagen.LADDER)
-    assert list(table["distances"]["recall"]) == rungs[1:]
-    folders = [out / f"{common.slug(rung)}-s1" for rung in rungs]
-    configs = [json.loads((folder / "config.json").read_text())["args"] for folder in folders]
-    parts = ("real_only", "method", "sigmas", "prompts", "weighting")
-    sigmas = [0.0, 0.33, 0.67, 1.67]
-    assert [[config[part] for part in parts] for config in configs[1:]] == [
-        [False, "real_guidance", [0.0], "none", False],
-        [False, "da_fusion", [0.0], "none", False],
-        [False, "diagen", sigmas, "none", False],
-        [False, "diagen", sigmas, "bank", False],
-        [False, "diagen", sigmas, "bank", True],
-    ]
-    assert configs[0]["real_only"] and configs[5]["synthetic"] == str(out / "prompts-s1")
-    assert count_images(out, ["DA-Fusion", "prompts", "weights"]) == [10, 10, 0]
-    tokens = [len([*(out / f"{rung}-s1").glob("embeddings/*/*")]) for rung in ("DA-Fusion", "prompts")]
-    assert tokens == [10, 0]
-    weighed = lines_of(out / "weights-s1" / "metadata.jsonl")
-    assert len(weighed) == 10 and all({"confidence", "weight"} <= set(r) for r in weighed)
+@each_script
+def test_the_ladder_runs_every_rung_with_every_seed(script, tmp_path):
+    """Rungs use images and tokens of others, as the ladder says, and draw only where it does not."""
+    stdout = run_well(script, "--ladder", **DIGITS[script] | LADDERS[script], seeds=2, out=tmp_path)
+    assert (tmp_path / "ladder.md").read_text(encoding="utf-8") in stdout
+    check_ladder(script, tmp_path, seeds=(0, 1))
+    folders = [tmp_path / f"{common.slug(rung)}-s1" for rung in script.METHOD.ladder]
+    drawn = {actgen: [0, 0] + [2] * 5, dreamda: [0] + [10] * 4 + [0], diagen: [0] + [10] * 4 + [0]}[script]
+    assert [len([*folder.glob("synthetic/*/*.png")]) for folder in folders] == drawn
+    for folder, changes in zip(folders, script.METHOD.ladder.values(), strict=True):
+        args = read_json(folder / "config.json")["args"]
+        for name, value in changes.items():
+            borrowed = name in ("synthetic", "embeddings")
+            assert args[name] == (str(tmp_path / f"{common.slug(value)}-s1") if borrowed else value)
+    if script is diagen:
+        assert [len([*folder.glob("embeddings/*/*")]) for folder in folders] == [0, 0, 10, 0, 0, 0]
 
 
 PROCESSES = {  # settings at which rounding is not amplified
     actgen: dict(few_shot=True, generation_batch_size=1, images_per_epoch=2, epochs=6, eval_every=6),
     dreamda: dict(variations=1, noise_scale=0.0, epochs=6, eval_every=6, baseline=False),
-    diagen: dict(baseline=False, inversion_steps=2, inversion_lr=1e-4, sigmas=0.0),
+    diagen: dict(baseline=False, inversion_steps=2, inversion_lr=1e-4, sigmas=0.0, examples_per_class=0),
 }
 
 
@@ -837,75 +603,53 @@ def test_several_processes_draw_what_one_does(script, striped, tmp_path):
     """Two going on with a run of one that was killed; and, for DreamDA, one going on with a run of two.
 
     DreamDA's and DIAGen's images agree within two grey levels. Those of ActGen have the same guides and
-    seeds, but depend on the classifier, which with two processes sees other augmentations, and half of each
-    batch in its batch norm. What is to be learnt is easy: all classifiers learn it.
+    seeds, but depend on the classifier, which with two processes sees half of each batch in its batch norm.
+    What is to be learnt is easy: all classifiers learn it.
     """
     arguments = FOLDER[script] | striped | PROCESSES[script] | dict(batch_size=8, lr=0.01)
     one, two, three = (tmp_path / name for name in ("one", "two", "three"))
 
     def run(out):
-        status, _, stderr = in_this_process(script, **arguments, out=out, pictures=True)
-        assert status == 0, stderr
+        run_well(script, **arguments, out=out)
 
     run(one)
-    assert in_child(lambda: (die_at(common, "save_png", 3), run(two))) == 9
+    assert in_child(lambda: (die_at(common, "to_pil", 3), run(two))) == 9
     assert in_two_children(lambda: run(two)) == [0, 0]
     if script is dreamda:
         begun = in_two_children(lambda: run(three), kill=lambda: len([*three.glob("synthetic/*/*.png")]) > 2)
         assert begun == [-signal.SIGKILL] * 2 and not (three / "result.json").exists()
         run(three)
-
     if script is actgen:  # few-shot confidence is that before training, so that guidance does not fade
-        plans = [json.loads(path.read_text())["records"] for path in sorted(one.glob("plans/*.json"))]
-        centres = {r["guide_index"]: {r["centre"]} for r in plans[0]}
-        for r in sum(plans, []):
-            centres.setdefault(r["guide_index"], set()).add(r["centre"])
-        assert all(len(c) == 1 for c in centres.values()) and min(map(min, centres.values())) > 6
+        centres = {}
+        for record in lines_of(one / SYNTHETIC):
+            centres.setdefault(record["guide_index"], set()).add(record["centre"])
+        assert all(len(found) == 1 for found in centres.values()) and min(map(min, centres.values())) > 6
 
     def drawn(out):
         varying = ("centre", "confidence", "weight", "pseudo_label", "adversarial")
-        records = lines_of(out / "synthetic" / "metadata.jsonl")
-        return [{k: v for k, v in r.items() if k not in varying} for r in records]
+        return [{k: v for k, v in r.items() if k not in varying} for r in lines_of(out / SYNTHETIC)]
 
     for other in [two, three] if script is dreamda else [two]:
         assert drawn(other) == drawn(one)
         assert script is actgen or grey_levels(one, other) <= 2
         names = [{str(p.relative_to(out)) for p in out.rglob("*") if p.is_file()} for out in (one, other)]
         assert names[0] == names[1]
-        last = [*json.loads((other / "result.json").read_text()).values()][-1]
+        last = [*read_json(other / "result.json").values()][-1]
         assert script is diagen or last["test"]["top1"] > 0.8
 
 
 def test_two_processes_take_the_steps_of_one(striped, tmp_path):
     """But for rounding; without batch norm, augmentation and several batches in an epoch."""
-    exact = (
-        FOLDER[dreamda]
-        | striped
-        | dict(classifier="vit_small_patch16_224", optimizer="sgd", lr=0.05, batch_size=48)
-    )
-    exact |= dict(real_only=True, synthetic_ratio=2.0, epochs=3, eval_every=1)
+    exact = dict(classifier="vit_small_patch16_224", optimizer="sgd", lr=0.05, batch_size=48, real_only=True)
+    exact = FOLDER[dreamda] | striped | exact | dict(synthetic_ratio=2.0, epochs=3, eval_every=1)
     assert in_two_children(lambda: in_this_process(dreamda, **exact, out=tmp_path / "two")) == [0, 0]
-    assert in_this_process(dreamda, **exact, out=tmp_path / "one")[0] == 0
-    logs = [lines_of(tmp_path / name / "metrics.jsonl") for name in ("two", "one")]
+    run_well(dreamda, **exact, out=tmp_path / "one")
+    logs = (lines_of(tmp_path / name / "metrics.jsonl") for name in ("two", "one"))
     two, one = ([line["scores"]["test"]["nll"] for line in log] for log in logs)
     assert two == pytest.approx(one, rel=1e-2) and one[2] != pytest.approx(one[0], rel=0.1)
 
 
-def test_the_pool_has_images_that_the_few_shot_draw_left(tmp_path):
-    args = dreamda.resolve(dreamda.Args(**DIGITS[dreamda] | dict(unlabelled=30, out=str(tmp_path))))
-    data = common.data_of(args)
-    data.train.sources[0].save(tmp_path / "a.png")
-    records = [{"file_name": "a.png", "label": 3}] * 5
-    pool, _ = dreamda.make_pool(args, common.make_accelerator(), data, tmp_path, records)
-    assert pool.source_labels.tolist() == [3] * 5 + [-1] * 30 and len(pool.images) == len(pool.truth) == 35
-    left = zip(data.unlabelled.sources, data.unlabelled.labels, strict=True)
-    left = {image.tobytes(): y for image, y in left}
-    drawn = [image.tobytes() for image in pool.images.sources[5:]]
-    assert len(set(drawn)) == 30 and [left[image] for image in drawn] == pool.truth[5:].tolist()
-    assert not {image.tobytes() for image in data.train.sources} & set(drawn)
-
-
 def test_the_oracle_reads_held_out_digits(digits):
     """The truth in reports rests on it."""
-    _, read = judge.read(digits.test, common.make_accelerator())
+    read = digits.truth(digits.test, common.make_accelerator())
     assert (read == torch.tensor(digits.test.labels)).float().mean() > 0.95
