@@ -13,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from contextlib import redirect_stderr, redirect_stdout
@@ -30,6 +31,7 @@ import torchmetrics.functional.classification
 from accelerate.state import AcceleratorState
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from PIL import Image
+from tqdm.auto import tqdm
 
 import common
 from digits import pretrain
@@ -84,6 +86,7 @@ def start_child(function) -> int:
     """The id of a forked process that calls function(), one thread, two minutes at most."""
     if (pid := os.fork()) == 0:
         faulthandler.dump_traceback_later(120, exit=True, file=2)
+        tqdm.set_lock(threading.RLock())  # its own is shared by processes: a kill could leave it locked
         torch.set_num_threads(1)
         try:
             function()
