@@ -616,7 +616,7 @@ def experiment(args: Args, run: common.Run, data: common.Data, pipe) -> dict:
         result[title], (targets, labelled, _, report) = train(args, run, data, used, given, kind, steps)
         result[title]["synthetic"] = len(records) if used else 0
     if pool:
-        note = f"{labelled.sum()} of the {len(pool)} images of the pool have a label"
+        note = f"{int(labelled.sum())} of the {len(pool)} images of the pool have a label"
         if "label_accuracy" in report:
             right, of_sources = (f"{100 * report[key]:.0f} %" for key in ("label_accuracy", "seed_accuracy"))
             note += f"; {right} of these labels are right, {of_sources} of their sources'"
