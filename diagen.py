@@ -607,7 +607,7 @@ def draw_variations(args: Args, run, pipe, data: common.Data, folder: Path) -> l
         rows = noisy_embeddings(rows, args.sigmas, generators, args.relative_sigma)
         # choice: every noisy embedding has a token of its own, named by its class and the index of its sigma:
         # no class draws from another one whose name contains its own
-        classes = [file.parent.name for file in embedding_files("", names)]
+        classes = common.class_folders(tuple(names))
         tokens = [[f"<{name}|{v}>" for v in range(len(args.sigmas))] for name in classes]
         place_tokens(pipe, sum(tokens, []), rows.flatten(0, 1))
     # prompts and noisy tokens take turns within a class
