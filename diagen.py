@@ -16,7 +16,7 @@ et al., ICLR 2024, arXiv 2302.07944); without learned tokens, too, it is Real Gu
 
 Paper to code:
     3.1 Textual Inversion                         textual_inversion, equation (1)
-        the initial token                         initial_embeddings
+        the initial token                         initial_embedding
         noise on the embeddings, sigma            noisy_embeddings, equation (2)
     3.2 class-specific prompts                    write_prompt, ask_llm, parse_answer, read_prompts
         variations of the real images             img2img, equations (3) to (5)
@@ -42,7 +42,9 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
+from diffusers.utils.torch_utils import randn_tensor
 from safetensors.torch import load_file, save_file
+from scipy.optimize import minimize_scalar
 from torch import nn
 from torchmetrics.functional.classification import multiclass_calibration_error
 from torchvision.transforms import v2
@@ -62,29 +64,23 @@ class Args(common.RunArgs):
     """DIAGen's own arguments. Where the default is None, the data set's recipe gives the value."""
 
     method: Literal[*METHODS] = HfArg(default="diagen", help="the baselines are DIAGen without its parts")
-    # Textual Inversion
     inversion_steps: int = number("[1, 1e6]", "training steps of Textual Inversion", 1000)
     inversion_batch_size: int = number("[1, 1000]", "images of each class in such a step", 4)
     inversion_lr: float = number("(0, 1]", "learning rate; 5e-4 for each image of the batch", 2e-3)
-    vectors: int = number("[1, 64]", "number of vectors that a token has", 1)
     initializer: str = HfArg(default="the", help="word the tokens start from; '': the class's own name")
     embeddings: str = HfArg(default="", help="folder of a run whose learned tokens are used")
-    # diversity
     sigmas: list[float] | None = number("[0, 100]", "standard deviations of the noise on the tokens")
     relative_sigma: bool = HfArg(default=False, help="sigma in units of a token's root mean square")
     prompts: str = HfArg(default="bank", help="bank (random words), llm, none, or the name of a CSV file")
     prompts_per_class: int = number("[1, 1000]", "number of prompts of a class, used in rotation", 10)
     uncommon: bool = HfArg(default=False, help="ask the language model for uncommon locations")
     llm: str = HfArg(default="meta-llama/Llama-3.1-8B-Instruct", help="instruct model for --prompts llm")
-    # generation
     variations: int = number("[1, 10000]", "M, synthetic images of each real image", 10)
     strength: list[float] | None = number("(0, 1]", "t_0, share of the noise; of several, one at random")
     synthetic: str = HfArg(default="", help="folder of a run whose synthetic images are used")
-    # weighting and training
     weighting: bool = HfArg(default=True, help="weigh the synthetic images by a filter classifier")
     synthetic_probability: float = number("[0, 1]", "chance that a variation replaces a real image", 0.7)
     iterations: int = number("[1, 1e6]", "training steps in an epoch", 200)
-    frozen: bool = HfArg(default=True, help="train only the classifier's last linear layer")
     filter_epochs: int = number("[1, 1e6]", "largest number of epochs of the filter classifier", 50)
 
 
@@ -93,24 +89,21 @@ class Args(common.RunArgs):
 SD14 = dict(diffusion="CompVis/stable-diffusion-v1-4", steps=50, guidance_scale=15.0, strength=[0.7])
 SD14 |= dict(sigmas=[0.0, 0.005, 0.01, 0.025], examples_per_class=4, classifier="resnet50.tv2_in1k")
 SD14 |= dict(pretrained=True, image_size=256, augment="zoomed", epochs=50, batch_size=16)
-SD14 |= dict(optimizer="adam", lr=1e-4, weight_decay=0.0)
-DIGITS = dict(diffusion=common.DIGITS_SD, steps=15, guidance_scale=7.5, generation_batch_size=40)
+SD14 |= dict(frozen=True, optimizer="adam", lr=1e-4, weight_decay=0.0)
+DIGITS = common.DIGITS | dict(steps=15, guidance_scale=7.5, generation_batch_size=40)
 # choice: small latents settle later than those of 64x64, for which t_0 is 0.7
-DIGITS |= dict(strength=[0.5], examples_per_class=8, variations=5, inversion_steps=100, inversion_lr=0.02)
+DIGITS |= dict(strength=[0.5], variations=2, inversion_steps=100, inversion_lr=0.02)
 # choice: the generator knows the digits' names, but the learner is not told them: the method is for classes
 # that have to be learned from images. (Real Guidance is told them, by its prompts.) The sigmas are the
 # paper's in units of the root mean square of Stable Diffusion 1.4's embeddings.
 DIGITS |= dict(initializer="background", sigmas=[0.0, 0.33, 0.67, 1.67], relative_sigma=True)
-# choice: all of the classifier learns. Its backbone was pretrained to ignore what DIAGen varies.
-DIGITS |= dict(frozen=False, classifier="small_cnn", image_size=32, augment="digits", workers=0)
-DIGITS |= dict(epochs=20, iterations=30, lr=1e-3)
+DIGITS |= dict(pretrained=False, frozen=False, epochs=15, iterations=100)
 PLAIN = dict(sigmas=[0.0], prompts="none", weighting=False)  # DIAGen without its three parts
 RECIPES = {"*": SD14, "coco": dict(augment="squeezed"), "digits": DIGITS}
 RECIPES |= {"da_fusion": PLAIN, "real_guidance": PLAIN}
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Section 3.1: Textual Inversion (Gal et al. 2023), and noise on the learned embeddings
+# Section 3.1: Textual Inversion (Gal et al. 2023), and noise on the learned embeddings ----------------------
 
 TEMPLATES = [PHOTO] + (
     "a photo of one {}, a photo of the {}, a picture of a {}, a picture of the {}, a rendering of a {}, "
@@ -124,63 +117,42 @@ TEMPLATES = [PHOTO] + (
 
 
 def place_tokens(pipe, tokens: list[str], rows: torch.Tensor) -> torch.Tensor:
-    """Writes embeddings `rows` [T, d] or [T, N, d] of tokens into the text encoder; returns ids [T N].
-
-    The N vectors of <x> are tokens, too: <x>, <x>_1, ..., as in diffusers, whose encode_prompt expands <x>.
-    """
-    encoder, vectors = pipe.text_encoder, rows[0].numel() // rows.shape[-1]
-    tokens = [token + (f"_{i}" if i else "") for token in tokens for i in range(vectors)]
+    """Writes embeddings `rows` [T, d] of tokens into the text encoder; returns the tokens' ids [T]."""
     # choice: the tokenizer finds a token as a whole or not at all, never a part of another class's token
     pipe.tokenizer.add_tokens([AddedToken(token, normalized=False) for token in tokens])
-    if len(pipe.tokenizer) > encoder.get_input_embeddings().num_embeddings:
-        encoder.resize_token_embeddings(len(pipe.tokenizer), mean_resizing=False).requires_grad_(False)
+    if len(pipe.tokenizer) > pipe.text_encoder.get_input_embeddings().num_embeddings:
+        pipe.text_encoder.resize_token_embeddings(len(pipe.tokenizer), mean_resizing=False)
     ids = torch.tensor(pipe.tokenizer.convert_tokens_to_ids(tokens), device=pipe.device)
-    weight = encoder.get_input_embeddings().weight
-    weight.data[ids] = rows.detach().flatten(0, -2).to(weight)
+    weight = pipe.text_encoder.requires_grad_(False).get_input_embeddings().weight
+    weight.data[ids] = rows.detach().to(weight)
     return ids
 
 
 @contextlib.contextmanager
-def new_tokens(pipe, tokens: list[str], rows: torch.Tensor):
-    """Places tokens with embeddings that can be trained in this context, by a forward hook on the table."""
-    ids = place_tokens(pipe, tokens, rows)
+def new_token(pipe, token: str, row: torch.Tensor):
+    """Places a token with an embedding [d] that can be trained in this context, by a hook on the table."""
+    ids = place_tokens(pipe, [token], row[None])
 
     def look_up(module, inputs, output):
-        found = inputs[0][..., None] == ids  # [B, L, T N], one of them true where a token stands
-        own = found.to(output.dtype) @ rows.flatten(0, -2).to(output.dtype)
-        return torch.where(found.any(-1, True), own, output)
+        return torch.where(inputs[0][..., None] == ids, row.to(output.dtype), output)
 
     with pipe.text_encoder.get_input_embeddings().register_forward_hook(look_up):
         yield
-    place_tokens(pipe, tokens, rows)
+    place_tokens(pipe, [token], row[None])
 
 
-def initial_embeddings(pipe, class_names: list[str], initializer: str = "") -> torch.Tensor:
-    """[K, d]: the mean embedding of the words of `initializer`, or of each class's name if it is empty."""
+def initial_embedding(pipe, class_name: str, initializer: str = "") -> torch.Tensor:
+    """[d]: the mean embedding of the words of `initializer`, or of the class's name if it is empty."""
     table = pipe.text_encoder.get_input_embeddings().weight.detach().float()
-    ids = [pipe.tokenizer(initializer or name, add_special_tokens=False).input_ids for name in class_names]
-    require(all(ids), "the tokenizer has no token for a class name; give another --initializer")
-    return torch.stack([table[i].mean(0) for i in ids])
-
-
-def draw_examples(latents, token: str, templates: list[str], timesteps: int, batch_size: int, generator):
-    """Draws one token's part of a batch: latents z [B, C, h, w], timesteps t [B], noise like z, and prompts.
-
-    latents: [V, n, C, h, w] of V views (plain, mirrored) of the token's n images
-    """
-    sizes = latents.shape[1], len(latents), timesteps
-    i, view, t = (torch.randint(n, (batch_size,), generator=generator) for n in sizes)
-    z = latents[view, i]
-    noise = torch.randn(z.shape, generator=generator)
-    template = torch.randint(len(templates), (batch_size,), generator=generator)
-    return z, t, noise, [common.fill(templates[k], token) for k in template]
+    ids = pipe.tokenizer(initializer or class_name, add_special_tokens=False).input_ids
+    require(ids, f"the tokenizer has no token for '{initializer or class_name}'; give another --initializer")
+    return table[ids].mean(0)
 
 
 def textual_inversion(
     pipe,
     images: torch.Tensor,
-    labels: torch.Tensor,
-    tokens: list[str],
+    token: str,
     start: torch.Tensor,
     *,
     steps: int = 1000,
@@ -188,74 +160,69 @@ def textual_inversion(
     lr: float = 2e-3,
     templates: list[str] = TEMPLATES,
     flip: bool = True,
-    seed: int = 0,
-    keys: list[int] | None = None,
+    seed: tuple[int, ...] = (0,),
     on_step: Callable | None = None,
 ) -> torch.Tensor:
-    """Learns the embeddings S* of T tokens from a few images of each: float32, in the shape of `start`.
+    """Learns the embedding S* [d] of a token from a few images of a class, in float32.
 
         (1)  S* = argmin_S E || eps - eps_theta(x_t, t, c(S)) ||^2      c(S): encoded template with the token
 
-    images: [N, 3, H, W] in [0, 1]; labels: [N] indices into `tokens`
-    start: [T, d], or [T, N, d] for N vectors; batch_size: of each token; flip: mirror half of the images
-    keys: [T] integers that seed the tokens' draws beside `seed`; by default 0 to T - 1
-    on_step: called as on_step(step, t [T B], {"S": like `start`, "loss": summed over the tokens})
+    images: [n, 3, H, W] in [0, 1]; start: [d]; flip: mirror half of the images; seed: integers
+    on_step: called as on_step(step, t [B], {"S": S [d], "loss": a number})
 
-    As the loss is a sum, and Adam treats every number by itself, a token learns the same, up to rounding,
-    whichever others train beside it. Raises UserError if the training diverges.
+    Raises UserError if the training diverges.
     """
     require(torch.is_grad_enabled(), "textual_inversion needs gradients; leave torch.inference_mode()")
-    device, scheduler, T = pipe.device, pipe.scheduler, len(tokens)
-    timesteps, dtype, keys = scheduler.config.num_train_timesteps, pipe.unet.dtype, keys or range(T)
-    with torch.no_grad():
-        mirrored = [images, images.flip(-1)] if flip else [images]
-        views = torch.stack([torch.cat([common.encode(pipe, x[None]) for x in view]) for view in mirrored])
-    # on the CPU, because a copy to a GPU makes the host wait: the examples of all tokens go there as one
-    latents = [views[:, labels == c].float().cpu() for c in range(T)]
-    rows = nn.Parameter(start.clone().to(device))
-    optimizer = torch.optim.AdamW([rows], lr, weight_decay=0.0)
-    with new_tokens(pipe, tokens, rows):
-        for step in (bar := tqdm(range(steps), "textual inversion", leave=False)):
-            draws = [(templates, timesteps, batch_size, common.generator(seed, key, step)) for key in keys]
-            examples = [draw_examples(latents[c], tokens[c], *draws[c]) for c in range(T)]
-            *tensors, prompts = zip(*examples, strict=True)
-            z, t, noise = (torch.cat(parts).to(device) for parts in tensors)
-            text, _ = pipe.encode_prompt(sum(prompts, []), device, 1, False)
+    device, scheduler, dtype, B = pipe.device, pipe.scheduler, pipe.unet.dtype, batch_size
+    with torch.no_grad():  # z [V, n, C, h, w] of V views, plain and mirrored
+        views = [images, images.flip(-1)] if flip else [images]
+        latents = torch.stack([torch.cat([common.encode(pipe, x[None]) for x in view]) for view in views])
+    latents = latents.float().cpu()  # a copy to a GPU makes the host wait: an example goes there as one
+    S = nn.Parameter(start.clone().to(device))
+    optimizer = torch.optim.AdamW([S], lr, weight_decay=0.0)
+    with new_token(pipe, token, S):
+        for step in (bar := tqdm(range(steps), token, leave=False)):
+            g = common.generator(*seed, step)
+            sizes = len(images), len(latents), scheduler.config.num_train_timesteps
+            i, view, t = (torch.randint(n, (B,), generator=g) for n in sizes)
+            z, noise = latents[view, i], torch.randn(B, *latents.shape[2:], generator=g)
+            chosen = torch.randint(len(templates), (B,), generator=g)
+            z, t, noise = z.to(device), t.to(device), noise.to(device)
+            prompts = [templates[k].replace("{}", token) for k in chosen]
+            text, _ = pipe.encode_prompt(prompts, device, 1, False)
             require(text.requires_grad, "the text encoder bypasses its hooks; is it compiled?")
             x_t = scheduler.add_noise(z, noise, t)
             output = pipe.unet(x_t.to(dtype), t, text.to(dtype)).sample.float()
             velocity = scheduler.config.prediction_type == "v_prediction"
             target = scheduler.get_velocity(z, noise, t) if velocity else noise
-            loss = (output - target).square().mean((1, 2, 3)).view(T, -1).mean(1).sum()  # (1)
+            loss = (output - target).square().mean()  # (1)
             optimizer.zero_grad()
             (1024 * loss).backward()  # fp16 has no small numbers
-            rows.grad /= 1024
+            S.grad /= 1024
             optimizer.step()
             if on_step is not None:
-                on_step(step, t, {"S": rows.detach().clone(), "loss": loss.detach()})
+                on_step(step, t, {"S": S.detach().clone(), "loss": loss.detach()})
             if (step + 1) % 10 == 0 or step + 1 == steps:  # reading a value makes a GPU wait
-                bar.set_postfix(loss=f"{loss.item() / T:.4f}", refresh=False)
-                require(rows.isfinite().all(), "Textual Inversion diverged; lower --inversion_lr")
-    return rows.detach()
+                bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
+                require(S.isfinite().all(), "Textual Inversion diverged; lower --inversion_lr")
+    return S.detach()
 
 
 def noisy_embeddings(rows: torch.Tensor, sigmas: list[float], generators: list, relative: bool = False):
-    """Adds noise of V standard deviations to each class's embedding: rows [K, (N,) d] -> [K, V, (N,) d].
+    """Adds noise of V standard deviations to each class's embedding: rows [K, d] -> [K, V, d].
 
         (2)  S_v = S* + sigma_v n      n ~ N(0, I)
 
     generators: one CPU generator per class; relative: sigma is in units of the root mean square of a vector
     """
-    # choice: the paper's token is one vector; of several each gets noise of the same standard deviation
-    noise = torch.stack([torch.randn(len(sigmas), *rows.shape[1:], generator=g) for g in generators])
-    sigma = torch.tensor(sigmas).view(1, -1, *[1] * (rows.ndim - 1)).to(rows)
+    noise = torch.stack([torch.randn(len(sigmas), rows.shape[1], generator=g) for g in generators])
+    sigma = torch.tensor(sigmas).view(1, -1, 1).to(rows)
     if relative:
         sigma = sigma * rows.square().mean(-1, keepdim=True).sqrt()[:, None]
     return rows[:, None] + sigma * noise.to(rows)  # (2)
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Section 3.2: prompts "a photo of a [adjective] {name} [weather] [location] [time of day]" for each class
+# Section 3.2: prompts "a photo of a [adjective] {name} [weather] [location] [time of day]" for each class ---
 
 # choice: by default the prompts are random words in the paper's form, which needs no language model
 WORDS = {
@@ -332,16 +299,13 @@ def ask_llm(model: str, class_names: list[str], count: int, uncommon: bool = Fal
     return prompts
 
 
-def write_prompts(args: Args, class_names: list[str], pipe) -> str:
+def write_prompts(args: Args, class_names: list[str]) -> str:
     """Prompts by the language model, or of random words, as the text of a CSV file; see read_prompts."""
-    count, device, rng = args.prompts_per_class, pipe.device, np.random.default_rng(args.seed)
+    count, rng = args.prompts_per_class, np.random.default_rng(args.seed)
+    words = DIGIT_WORDS if args.dataset == "digits" else WORDS
+    prompts = [[write_prompt(rng, words) for _ in range(count)] for _ in class_names]
     if args.prompts == "llm":
-        pipe.to("cpu")  # to make room for the language model
         prompts = ask_llm(args.llm, class_names, count, args.uncommon)
-        pipe.to(device)
-    else:
-        words = DIGIT_WORDS if args.dataset == "digits" else WORDS
-        prompts = [[write_prompt(rng, words) for _ in range(count)] for _ in class_names]
     writer = csv.writer(file := io.StringIO(), delimiter=";", lineterminator="\n")
     writer.writerow(["class_name", "class_idx", "prompt"])
     for y, name in enumerate(class_names):
@@ -349,7 +313,7 @@ def write_prompts(args: Args, class_names: list[str], pipe) -> str:
     return file.getvalue()
 
 
-def read_prompts(path: Path, data: common.Data, pipe=None, vectors: int = 0) -> list[list[str]]:
+def read_prompts(path: Path, data: common.Data, pipe=None, learned: bool = False) -> list[list[str]]:
     """The prompts of each class, {} for its name, from a file of lines class_name;class_idx;prompt.
 
     class_name: in English or the data set's own; class_idx has no effect; prompt: see template_of. Raises
@@ -369,27 +333,18 @@ def read_prompts(path: Path, data: common.Data, pipe=None, vectors: int = 0) -> 
             template = template_of(prompt, names[y]) or template_of(prompt, name)
             require(template, f"{where}: '{names[y]}' or {{name}} must be in the prompt exactly once")
             if pipe:
-                common.check_prompt(pipe, template, [names[y]], where, vectors)
+                common.check_prompt(pipe, template, [names[y]], where, learned)
             prompts[y].append(template)
     require(any(prompts), f"{path} has no prompts")
     return [lines or [PHOTO] for lines in prompts]
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Section 3.2: variations of the real images by SDEdit (Meng et al. 2022), also known as img2img
+# Section 3.2: variations of the real images by SDEdit (Meng et al. 2022), also known as img2img -------------
 
 
 @torch.no_grad()
 def img2img(
-    pipe,
-    latents: torch.Tensor,
-    prompts: list[str],
-    generators: list[torch.Generator],
-    *,
-    steps: int = 50,
-    strength: float = 0.7,
-    guidance_scale: float = 15.0,
-    on_step: Callable | None = None,
+    pipe, latents, prompts, generators, *, steps=50, strength=0.7, guidance_scale=15.0, on_step=None
 ) -> torch.Tensor:
     """Draws variations [B, 3, H, W] in [0, 1] of images: noise up to t_0, then DDIM back to 0 with a prompt.
 
@@ -409,7 +364,7 @@ def img2img(
     c, empty = pipe.encode_prompt(prompts, pipe.device, 1, guided)
     text = torch.cat([empty, c]) if guided else c
     z = latents.to(pipe.device, torch.float32)
-    x = scheduler.add_noise(z, common.normal(z.shape, generators, pipe.device), timesteps[:1])  # computes (3)
+    x = scheduler.add_noise(z, randn_tensor(z.shape, generators, pipe.device), timesteps[:1])  # computes (3)
     for i, t in enumerate(timesteps):
         rows = torch.cat([x, x]) if guided else x
         output = pipe.unet(rows.to(c.dtype), t, text).sample.float()
@@ -423,17 +378,7 @@ def img2img(
     return common.decode(pipe, x)
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Section 3.3: the filter classifier, its temperature, the weights of synthetic images, and draws by weight
-
-
-def new_classifier(args: Args, accelerator, class_names: list[str]):
-    """See common.new_classifier, for the downstream task and for the filter; frozen, only its head learns."""
-
-    def wrap(net):
-        return common.Classifier(net.backbone, net.head, net.mean, net.std, args.frozen)
-
-    return common.new_classifier(args, accelerator, class_names, wrap)
+# Section 3.3: the filter classifier, its temperature, weights of synthetic images, draws by weight ----------
 
 
 class Best(dict):
@@ -451,27 +396,19 @@ class Best(dict):
 def fit_temperature(logits: torch.Tensor, labels: torch.Tensor) -> float:
     """The temperature that calibrates a classifier on logits [N, K] and labels [N] (Guo et al. 2017).
 
-        (6)  T = argmin_T NLL(softmax(logits / T), labels)      by LBFGS on log T, so that T > 0
-
-    T is 1 if LBFGS does not lower the loss.
+    (6)  T = argmin_T NLL(softmax(logits / T), labels)      log T between -5 and 5
     """
-    log_t, logits = torch.zeros((), requires_grad=True), logits.detach()
-    optimizer = torch.optim.LBFGS([log_t], lr=0.1, max_iter=100, line_search_fn="strong_wolfe")
 
-    def loss() -> torch.Tensor:
-        optimizer.zero_grad()
-        nll = F.cross_entropy(logits / log_t.exp(), labels)  # (6)
-        nll.backward()
-        return nll
+    def nll(log_t: float) -> float:
+        return F.cross_entropy(logits.double() / math.exp(log_t), labels).item()
 
-    before = optimizer.step(loss)
-    return log_t.exp().item() if loss() <= before else 1.0
+    return math.exp(minimize_scalar(nll, bounds=(-5, 5)).x)  # (6)
 
 
 def train_filter(args: Args, accelerator, real: common.Images, data: common.Data) -> nn.Module:
     """Trains the filter classifier on views of the real images; returns it at its lowest loss on data.val."""
     adam = replace(args, optimizer="adam", weight_decay=1e-2)
-    (net, model, optimizer), best = new_classifier(adam, accelerator, data.class_names), Best()
+    (net, model, optimizer), best = common.new_classifier(adam, accelerator, data.class_names), Best()
     chances, rates = draw_weights(real.labels), [args.lr] * args.iterations
     for epoch in tqdm(range(args.filter_epochs), "filter classifier", leave=False):
         batches = draw_batches(args, real, chances, accelerator, 10**6 + epoch)
@@ -528,8 +465,7 @@ def draw_batches(args: Args, images: common.Images, chances: torch.Tensor, accel
     return common.load(images, args.batch_size, accelerator, args.workers, drawn, (args.seed, epoch, 1))
 
 
-# ----------------------------------------------------------------------------------------------------------
-# The run
+# The run ----------------------------------------------------------------------------------------------------
 
 
 def add_validation(args: Args, data: common.Data) -> None:
@@ -539,12 +475,12 @@ def add_validation(args: Args, data: common.Data) -> None:
         return
     if few and left and len(set(left.labels) - {-1}) == len(data.class_names):
         # choice: as many again, because a user with a few labels has no large labelled validation split
-        data.val = left.subset(common.draw_per_class(left.labels, few, args.seed))
+        data.val = left.subset(common.draw_per_class(left.labels, lambda n: few, args.seed))
     else:
         others, held = common.split_per_class(data.train.labels, 0.25, args.seed)
         data.val, data.train = data.train.subset(held), data.train.subset(others)
     require(len(data.val), "no class has an image to spare for validation; give val/ or two images per class")
-    data.val = data.val.seen(data.test.transform).keep()
+    data.val = data.val.seen(data.test.transform)
     common.say(f"no validation split: {len(data.val)} other training images choose the best epoch")
 
 
@@ -554,42 +490,41 @@ def embedding_files(folder: str | Path, class_names: list[str]) -> list[Path]:
     return [Path(folder, "embeddings", r["file_name"]).with_suffix(".safetensors") for r in records]
 
 
-def read_embeddings(folder: str | Path, class_names: list[str], pipe, vectors: int = 1) -> torch.Tensor:
-    """The learned embeddings [K, (vectors,) d] of a run's classes. Raises UserError if one is not there."""
+def read_embeddings(folder: str | Path, class_names: list[str], pipe) -> torch.Tensor:
+    """The learned embeddings [K, d] of a run's classes. Raises UserError if one is not there."""
     rows, width = [], pipe.text_encoder.get_input_embeddings().embedding_dim
     for file in embedding_files(folder, class_names):
         require(file.exists(), f"--embeddings {folder} must have the tokens of all classes, but lacks {file}")
-        (row,) = load_file(file).values()
-        size, count = row.shape[-1], row.numel() // row.shape[-1]
-        require(size == width, f"{file} was made for another text encoder (width {size}, this one {width})")
-        require(count == vectors, f"the token in {file} has {count} vectors; give --vectors {count}")
-        rows.append(row.float().view(count, width))
-    return torch.stack(rows).squeeze(1)
+        row = next(iter(load_file(file).values())).squeeze()
+        made = f"{file} was made for another text encoder, or has several vectors"
+        require(row.shape == (width,), f"{made}: {[*row.shape]}, here [{width}]")
+        rows.append(row.float())
+    return torch.stack(rows)
 
 
-def learn_tokens(args: Args, run: common.Run, pipe, data: common.Data) -> torch.Tensor:
-    """The embeddings [K, (N,) d] of all classes, given or by Textual Inversion, some classes at a time."""
-    names, files = data.class_names, embedding_files(run.path, data.class_names)
-    if args.embeddings:
-        return read_embeddings(args.embeddings, names, pipe, args.vectors)
-    real = common.for_generator(data.train, pipe, args.square)
-    start = initial_embeddings(pipe, names, args.initializer)[:, None].repeat(1, args.vectors, 1).squeeze(1)
+def inversion_options(args: Args) -> dict:
+    """The options of textual_inversion by the arguments."""
     options = dict(steps=args.inversion_steps, batch_size=args.inversion_batch_size, lr=args.inversion_lr)
     if args.dataset == "digits":  # they are not mirrored, and their generator has learned one template alone
         options |= dict(flip=False, templates=[args.prompt])
-    size = max(1, args.generation_batch_size // args.inversion_batch_size)
-    for group in run.missing("learning tokens", files, size):
-        members = [i for i, y in enumerate(real.labels) if y in group]
-        images = torch.stack([real[i][0] for i in members])
-        labels = torch.tensor([group.index(real.labels[i]) for i in members])
-        tokens = [f"<{files[c].parent.name}>" for c in group]
-        options |= dict(keys=group, seed=args.seed)
-        rows = textual_inversion(pipe, images, labels, tokens, start[group], **options)
-        for c, token, row in zip(group, tokens, rows.cpu(), strict=True):
-            files[c].parent.mkdir(parents=True, exist_ok=True)
-            save_file({token: row.clone()}, temporary := files[c].with_suffix(".tmp"))
-            temporary.replace(files[c])
-    return read_embeddings(run.path, names, pipe, args.vectors)
+    return options
+
+
+def learn_tokens(args: Args, run: common.Run, pipe, data: common.Data) -> torch.Tensor:
+    """The embeddings [K, d] of all classes, given or by Textual Inversion."""
+    names, files = data.class_names, embedding_files(run.path, data.class_names)
+    if args.embeddings:
+        return read_embeddings(args.embeddings, names, pipe)
+    real = common.for_generator(data.train, pipe, args.square)
+    for (c,) in run.missing("learning tokens", files, 1):
+        images = torch.stack([real[i][0] for i, y in enumerate(real.labels) if y == c])
+        start = initial_embedding(pipe, names[c], args.initializer)
+        token = f"<{files[c].parent.name}>"
+        S = textual_inversion(pipe, images, token, start, seed=(args.seed, c), **inversion_options(args))
+        files[c].parent.mkdir(parents=True, exist_ok=True)
+        save_file({token: S.cpu()}, temporary := files[c].with_suffix(".tmp"))
+        temporary.replace(files[c])
+    return read_embeddings(run.path, names, pipe)
 
 
 def draw_variations(args: Args, run, pipe, data: common.Data, folder: Path) -> list[dict]:
@@ -598,24 +533,24 @@ def draw_variations(args: Args, run, pipe, data: common.Data, folder: Path) -> l
     prompts = [[args.prompt]] * len(names)
     if args.prompts in ("bank", "llm"):
         path = run.path / "prompts.csv"
-        run.once(path.name, partial(write_prompts, args, names, pipe))
+        run.once(path.name, partial(write_prompts, args, names))
     if args.prompts != "none":
-        prompts = read_prompts(path, data, pipe, args.vectors * learned)
+        prompts = read_prompts(path, data, pipe, learned)
     if learned:
         rows = learn_tokens(args, run, pipe, data)
         generators = [common.generator(args.seed, 3, c) for c in range(len(rows))]
         rows = noisy_embeddings(rows, args.sigmas, generators, args.relative_sigma)
         # choice: every noisy embedding has a token of its own, named by its class and the index of its sigma:
         # no class draws from another one whose name contains its own
-        classes = common.class_folders(tuple(names))
-        tokens = [[f"<{name}|{v}>" for v in range(len(args.sigmas))] for name in classes]
+        files, V = embedding_files(run.path, names), range(len(args.sigmas))
+        tokens = [[f"<{file.parent.name}|{v}>" for v in V] for file in files]
         place_tokens(pipe, sum(tokens, []), rows.flatten(0, 1))
     # prompts and noisy tokens take turns within a class
     records, count = [], [0] * len(names)
     for i, y in enumerate(data.train.labels):
         for m in range(args.variations):
             shown = tokens[y][count[y] % len(args.sigmas)] if learned else names[y]
-            prompt, key = common.fill(prompts[y][count[y] % len(prompts[y])], shown), [args.seed, i, m]
+            prompt, key = prompts[y][count[y] % len(prompts[y])].replace("{}", shown), [args.seed, i, m]
             count[y] += 1
             record = common.record(names, y, f"{i:06d}-{m:02d}", key) | {"guide": data.train.name(i)}
             strength = float(np.random.default_rng(key).choice(args.strength))
@@ -647,7 +582,7 @@ def judge(args: Args, run: common.Run, data: common.Data, images: common.Images)
     """The filter classifier's confidence in each image, and its scores before and after calibration."""
     # as released, the filter sees images with RandAugment alone
     view = common.make_transforms(args.image_size, "none+randaugment", "squeeze")[0]
-    model = train_filter(args, run.accelerator, data.train.seen(view).keep(), data)
+    model = train_filter(args, run.accelerator, data.train.seen(view), data)
     logits, labels = common.predict(model, data.val, run.accelerator, args.workers)
     report = {"temperature": (T := fit_temperature(logits, labels))}
     for stage, z in (("before", logits), ("after", logits / T)):
@@ -658,7 +593,7 @@ def judge(args: Args, run: common.Run, data: common.Data, images: common.Images)
 
 def weigh(args: Args, run: common.Run, data: common.Data, records: list[dict], folder: Path):
     """The variations, their weights [N, M], written into the metadata, and the filter's scores, if any."""
-    images = common.images_of(records, folder, data.train.transform).keep()
+    images = common.images_of(records, folder, data.train.transform)
     weights, report = torch.full((len(data.train), args.variations), 1 / args.variations), {}
     if args.weighting:
         judged = run.once("filter.pt", partial(judge, args, run, data, images), together=True)
@@ -679,7 +614,7 @@ def train(args: Args, run: common.Run, data: common.Data, title: str, images=Non
     images, weights: the variations of the real images and their weights [N, M]; None: the real images alone
     """
     accelerator, best, real = run.accelerator, Best(), data.train
-    net, model, optimizer = new_classifier(args, accelerator, data.class_names)
+    net, model, optimizer = common.new_classifier(args, accelerator, data.class_names)
     everything, rates = real + images if images else real, [args.lr] * args.iterations
     chances = draw_weights(real.labels, weights, args.synthetic_probability)
 
@@ -702,23 +637,21 @@ def train(args: Args, run: common.Run, data: common.Data, title: str, images=Non
 
 def check(args: Args, run: common.Run, data: common.Data, pipe) -> None:
     """Raises UserError for mistakes that would otherwise show only after hours."""
-    knows = args.pretrained or args.classifier == "clip" or not args.frozen
-    require(knows, "--frozen trains one layer on random features; give --pretrained, or --frozen false")
     if pipe is None:
         return
     for strength in args.strength:
         common.ddim(pipe, args.steps, strength)
-    names, vectors = data.class_names, args.vectors * (args.method != "real_guidance")
-    common.check_prompt(pipe, args.prompt, names, "--prompt", vectors)
-    if vectors and args.embeddings:
-        read_embeddings(args.embeddings, names, pipe, vectors)
-    elif vectors:
-        initial_embeddings(pipe, names, args.initializer)
+    names, learned = data.class_names, args.method != "real_guidance"
+    common.check_prompt(pipe, args.prompt, names, "--prompt", learned)
+    if learned and args.embeddings:
+        read_embeddings(args.embeddings, names, pipe)
+    elif learned:
+        [initial_embedding(pipe, name, args.initializer) for name in names]
     if args.prompts == "llm" and not (run.path / "prompts.csv").exists():
         template = common.from_pretrained(AutoTokenizer, args.llm).chat_template
         require(template, f"--llm {args.llm} has no chat template; give an instruct model")
     elif args.prompts not in ("none", "bank", "llm"):
-        read_prompts(Path(args.prompts), data, pipe, vectors)
+        read_prompts(Path(args.prompts), data, pipe, learned)
 
 
 def experiment(args: Args, run: common.Run, data: common.Data, pipe) -> dict:
@@ -743,12 +676,11 @@ def experiment(args: Args, run: common.Run, data: common.Data, pipe) -> dict:
     if args.baseline or args.real_only:
         result["standard augmentation"] = train(args, run, data, "standard augmentation")
     for title, job in jobs.items():
-        before = run.drawing
         folder = Path(args.synthetic or run.path, "synthetic" if job is args else job.method)
         records = draw_variations(job, run, pipe, data, folder) if pipe else records
         images, weights, report = weigh(job, run, data, records, folder)
-        report["generation"] = run.drawing - before
         result[title] = train(job, run, data, title, images, weights) | report
+        result[title] |= {"generation": run.drawing} if job is args else {}
     return result
 
 

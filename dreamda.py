@@ -25,7 +25,6 @@ Paper to code:
 """
 
 from collections.abc import Callable
-from copy import copy
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -33,6 +32,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from diffusers.utils.torch_utils import randn_tensor
 from torch import nn
 from torchvision.transforms import v2
 from transformers.hf_argparser import HfArg
@@ -50,14 +50,12 @@ LABELS |= {"seed_heads": "seed labels, AMST's heads"}
 class Args(common.RunArgs):
     """DreamDA's own arguments. Where the default is None, the data set's recipe gives the value."""
 
-    # inversion
     inversion: Literal["cycle", "ddim", "none"] = HfArg(default="cycle", help="none: img2img, fresh noise")
     paths: int = number("[0, 10000]", "paths of an image, used in turn; 0: one per variation", 0)
     strength: float = number("(0, 1]", "share of the sampling steps that are inverted", 0.8)
     eta: float = number("[0, 1]", "DDIM's eta; 1: every step carries noise, 0: none does", 1.0)
     source_prompt: str = HfArg(default="", help="prompt of the inversion; {} stands for the class name")
     source_guidance: float = number("[0, 100]", "guidance scale of the inversion, if it has a prompt", 1.5)
-    # perturbed sampling
     variations: int = number("[1, 10000]", "M, number of variations of each training image", 30)
     perturb: str = HfArg(default="bottleneck", help="bottleneck, mid_input, down, up, latents or none")
     noise_scale: float = number("[0, 1000]", "s, scale of the noise on the features", 3.0)
@@ -85,19 +83,15 @@ SD15 |= dict(generation_batch_size=10, epochs=100, batch_size=32, lr=0.01, warmu
 # choice: a bare "Boxer" may be anything; the authors have a prompt for each image, by a language model
 PETS = dict(prompt="a photo of a {}, a breed of cat or dog")
 CIFAR = dict(image_size=32, augment="crop", variations=1)
-DIGITS = dict(diffusion=common.DIGITS_SD, steps=15, guidance_scale=4.0, generation_batch_size=40)
+DIGITS = common.DIGITS | dict(steps=15, guidance_scale=4.0, generation_batch_size=40)
 # with less noise, all variations show their source's colour and setting
-DIGITS |= dict(noise_scale=12.0, relative_noise=True, variations=4, paths=1, weight_decay=0.05)
-# choice: few images and a pretrained backbone (the paper also trains from scratch), which needs no burn-in
-DIGITS |= dict(examples_per_class=16, classifier="small_cnn", pretrained=True, burn_in=0.0, workers=0)
-DIGITS |= dict(image_size=32, augment="digits", epochs=30, batch_size=8, optimizer="adamw", lr=1e-3)
-# slower auxiliary heads stay alike; the four heads' agreement counts for more than their confidence
-DIGITS |= dict(auxiliary_lr=32.0, threshold=0.3)
+DIGITS |= dict(noise_scale=12.0, relative_noise=True, variations=4, paths=1)
+# the shared number of images in a step, half of them synthetic
+DIGITS |= dict(batch_size=8, synthetic_ratio=1.0, epochs=13, warmup=0.0, eval_every=13)
 RECIPES = {"*": SD15, "digits": DIGITS, "pets": PETS, "cifar10": CIFAR, "cifar100": CIFAR}
 RECIPES |= {"stl10": dict(image_size=96, augment="crop"), "imagenet": dict(variations=1, batch_size=256)}
 
-# ----------------------------------------------------------------------------------------------------------
-# Inversion of the source images (CycleDiffusion, Wu and De la Torre 2022, arXiv 2210.05559)
+# Inversion of the source images (CycleDiffusion, Wu and De la Torre 2022, arXiv 2210.05559) -----------------
 
 
 @dataclass
@@ -198,10 +192,10 @@ def invert(
             eps = predict_eps(pipe, z, s.t[i], s.previous[i], text, scale)
             z = ddim_mean(z, eps, alpha=s.previous[i], previous=s.alpha[i], sigma=s.sigma[i])  # (4)
         return Inverted(z, nothing, s)
-    xi = common.normal(z0.shape, start_generators or generators, z0.device)
+    xi = randn_tensor(z0.shape, start_generators or generators, z0.device)
     z = start = s.alpha[0] ** 0.5 * z0 + (1 - s.alpha[0]) ** 0.5 * xi  # (1)
     for i, (t, alpha, previous, sigma) in enumerate(zip(s.t, s.alpha, s.previous, s.sigma, strict=True)):
-        xi = common.normal(z0.shape, generators, z0.device)
+        xi = randn_tensor(z0.shape, generators, z0.device)
         if inversion == "none":
             noise.append(sigma * xi)
             continue
@@ -214,8 +208,7 @@ def invert(
     return Inverted(start, torch.stack(noise), s)
 
 
-# ----------------------------------------------------------------------------------------------------------
-# The perturbed reverse process
+# The perturbed reverse process ------------------------------------------------------------------------------
 
 
 def noisy_modules(unet, where: str) -> list[nn.Module]:
@@ -257,7 +250,7 @@ class Perturbation:
         B, copies = len(self.generators), len(h) // len(self.generators)
         # choice: the two guidance rows of an image get independent noise, as in the released code. Guidance
         # amplifies the difference of the two draws, and most of the variety comes from it.
-        n = torch.cat([common.normal(h[:B].shape, self.generators, h.device) for _ in range(copies)])
+        n = torch.cat([randn_tensor(h[:B].shape, self.generators, h.device) for _ in range(copies)])
         if self.relative:
             n = n * h[-B:].float().flatten(1).std(1).repeat(copies).view(-1, 1, 1, 1)
         last = {"h_norm": h, "perturbation_norm": self.scale * n}
@@ -302,8 +295,7 @@ def vary(
     return y
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Asymmetric multi-head self-training (AMST). choice: the paper names its parts, no code was released;
+# Asymmetric multi-head self-training (AMST). choice: the paper names its parts, no code was released; -------
 # equations (7) to (11), their weights, the threshold and the augmentations are this project's.
 
 
@@ -311,7 +303,7 @@ class MultiHead(common.Classifier):
     """A backbone f and 1 + A heads W_k, W_0 the classifier's own: x [B, 3, H, W] -> logits [B, 1 + A, K]."""
 
     def __init__(self, net: common.Classifier, heads: int):
-        super().__init__(net.backbone, net.head, net.mean, net.std, net.frozen)
+        super().__init__(net.backbone, net.head, net.mean, net.std)
         size = net.head.in_features, net.head.out_features
         self.auxiliary = nn.ModuleList(nn.Linear(*size) for _ in range(heads))
 
@@ -413,15 +405,14 @@ def synthetic_targets(labels: str, logits: torch.Tensor, threshold: float):
     return main.argmax(1), main.amax(1) >= threshold
 
 
-# ----------------------------------------------------------------------------------------------------------
-# The run
+# The run ----------------------------------------------------------------------------------------------------
 
 
 def plan_variations(args: Args, data: common.Data) -> list[dict]:
     """The records of all variations: M of the first training image, then M of the second, and so on."""
     names, records = data.class_names, []
     for i, y in enumerate(data.train.labels):
-        of_source = dict(guide=data.train.name(i), guide_index=i, prompt=common.fill(args.prompt, names[y]))
+        of_source = dict(guide=data.train.name(i), guide_index=i, prompt=args.prompt.replace("{}", names[y]))
         for k in range(args.variations):
             records.append(common.record(names, y, f"{i:06d}-{k:02d}", [args.seed, i, k]) | of_source)
     return records
@@ -443,7 +434,7 @@ def draw_variations(args: Args, run: common.Run, pipe, data: common.Data, record
             for own, (i, k) in zip(generators, paths, strict=True)
         ]
         of_paths = dict(sources=[sources.index(i) for i, _ in paths], start_generators=starts)
-        of_paths |= dict(source_prompts=[common.fill(args.source_prompt, name) for name in names])
+        of_paths |= dict(source_prompts=[args.source_prompt.replace("{}", name) for name in names])
         images = torch.stack([real[i][0] for i in sources])
         inverted = invert(pipe, images, generators, **of_paths, **common.options(invert, args))
         follows = torch.tensor([paths.index(path[j]) for j in batch])
@@ -459,11 +450,11 @@ def draw_variations(args: Args, run: common.Run, pipe, data: common.Data, record
 
 def make_pool(args: Args, run: common.Run, data: common.Data, folder: Path, records: list[dict], clip):
     """The pool: synthetic, then --unlabelled real images [N]; and labels [N] for it by kind; -1: none."""
-    images, accelerator = common.images_of(records, folder, data.test.transform).keep(), run.accelerator
+    images, accelerator = common.images_of(records, folder, data.test.transform), run.accelerator
     given = dict.fromkeys(("seed", "seed_heads"), torch.tensor(images.labels + [-1] * args.unlabelled))
     if args.unlabelled:
         drawn = common.shuffled(len(data.unlabelled), args.unlabelled, args.seed)
-        images = images + data.unlabelled.subset(drawn).seen(data.test.transform).keep()
+        images = images + data.unlabelled.subset(drawn).seen(data.test.transform)
     if data.truth:
         given["truth"] = data.truth(images, accelerator)
     if clip:
@@ -518,8 +509,7 @@ def load_batches(args: Args, accelerator, data: common.Data, pool, heads: int, s
     """
 
     def load(images, size, key, function):
-        view = copy(data.train.transform)
-        view.transforms = [*view.transforms, function]
+        view = v2.Compose([data.train.transform, function])
         order = common.shuffled(len(images), steps * size, args.seed, epoch, key)
         images, seed = images.seen(view), (args.seed, epoch, key + 1)
         return common.load(images, size, accelerator, args.workers, order, seed)
@@ -552,26 +542,20 @@ def train(args: Args, run: common.Run, data: common.Data, pool, given: dict, lab
         file = f"votes/{epoch + 1:03d}.pt" if used and labels in ("amst", "head") and epoch in shown else ""
         # choice: the pool's images are labelled anew before every epoch, not before every step
         targets, labelled, weak, report = predict_targets(args, run, model, used, given, labels, file)
-        run.log(**report)
-        model.train()
-        total = 0.0
+
+        def loss_of(batch, targets=targets, labelled=labelled, weak=weak):
+            ((views, k), y, _), (u, _, j) = batch
+            logits = model(torch.cat([views.flatten(0, 1), u])).float()
+            real, synthetic = logits.split([len(logits) - len(u), len(u)])
+            of_real = dict(real=real.unflatten(0, views.shape[:2]), y=y, head=k)
+            of_pool = dict(synthetic=synthetic, targets=targets[j], labelled=labelled[j], weak=weak[j])
+            return self_training_loss(**of_real, **of_pool, auxiliary=net.auxiliary_weights(), **weights)
+
+        done = (torch.arange(steps) / steps + epoch) / args.epochs
+        rates = [args.lr * common.cosine(share, args.warmup) for share in done.tolist()]
         batches = load_batches(args, accelerator, data, used, heads, steps, epoch)
-        for step, (((views, k), y, _), (u, _, j)) in enumerate(batches):
-            progress = (epoch + step / steps) / args.epochs
-            common.set_lr(optimizer, args.lr * common.cosine(progress, args.warmup))
-            with accelerator.autocast():
-                logits = model(torch.cat([views.flatten(0, 1), u])).float()
-                real, synthetic = logits.split([len(logits) - len(u), len(u)])
-                of_real = dict(real=real.unflatten(0, views.shape[:2]), y=y, head=k)
-                of_pool = dict(synthetic=synthetic, targets=targets[j], labelled=labelled[j], weak=weak[j])
-                loss = self_training_loss(**of_real, **of_pool, auxiliary=net.auxiliary_weights(), **weights)
-            optimizer.zero_grad()
-            accelerator.backward(loss)
-            optimizer.step()
-            total += loss.detach()
-        common.share_buffers(accelerator, model)
-        require(total.isfinite(), "the training loss is not a number; lower --lr")
-        run.log(loss=float(total) / steps)
+        loss = common.train_epoch(model, batches, optimizer, rates, accelerator, loss_of=loss_of)
+        run.log(**report, loss=loss)
         if heads:
             run.log(orthogonality=orthogonality_loss(net.auxiliary_weights()).item())
         if (epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs:
@@ -583,8 +567,7 @@ def check(args: Args, run: common.Run, data: common.Data, pipe) -> str:
     """Raises UserError for what would otherwise go wrong later; returns what drawing takes, for the plan."""
     available, processes = len(data.unlabelled or []), run.accelerator.num_processes
     require(args.unlabelled <= available, f"--unlabelled {args.unlabelled}: {args.dataset} has {available}")
-    known = f"--labels truth: for {args.dataset} the truth is not known; choose another"
-    require(args.labels != "truth" or data.truth, known)
+    require(args.labels != "truth" or data.truth, f"--labels truth: that of {args.dataset} is not known")
     of_pool = f"--synthetic_ratio {args.synthetic_ratio}: {pool_batch(args)} synthetic images in a batch are"
     require(pool_batch(args) % processes == 0, f"{of_pool} not a multiple of {processes} processes")
     if pipe is None:
@@ -609,7 +592,6 @@ def experiment(args: Args, run: common.Run, data: common.Data, pipe) -> dict:
     run.begin(data, f"{', '.join(titles.values())}: {args.epochs} epochs of {steps} steps{drawing}")
     if pipe:
         draw_variations(args, run, pipe, data, records)
-        pipe.to("cpu")  # makes room for the training
     pool, given = (None, {}) if args.real_only else make_pool(args, run, data, folder, records, clip)
     for kind, title in titles.items():
         used = None if kind == "none" else pool

@@ -45,17 +45,13 @@ class Finished:
         self.path, self.accelerator, self.pipe = path, common.make_accelerator(), None
         self.script, self.args = scripts[0], (args := argparse.Namespace(**given))
         self.images = Path(given.get("synthetic") or path, "synthetic")  # the folder of the images
-        names = ("class_names", "skip_bad_images", "style", "label_column")
-        options = {name: given[name] for name in names} | {"unlabelled": given.get("unlabelled", 0) > 0}
-        drawn = args.image_size, args.augment, args.examples_per_class, args.seed
-        self.data = common.load_data(args.dataset, args.data_dir, *drawn, **options)
+        self.data = common.load_data(**given)
         if not (args.real_only or given.get("synthetic")):
-            options = dict(checkpointing=args.gradient_checkpointing, lora=args.lora)
+            options = dict(checkpointing=args.gradient_checkpointing)
             self.pipe = common.load_pipeline(args.diffusion, self.accelerator.device, **options)
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Drawing
+# Drawing ----------------------------------------------------------------------------------------------------
 
 
 def tile(image: torch.Tensor) -> np.ndarray:
@@ -121,8 +117,7 @@ class Steps(list):
         return torch.stack([step[key] for step in self]) if isinstance(key, str) else super().__getitem__(key)
 
 
-# ----------------------------------------------------------------------------------------------------------
-# ActGen
+# ActGen -----------------------------------------------------------------------------------------------------
 
 
 def show_guides(run: Finished, records: list[dict], shown: list[dict], figure) -> None:
@@ -199,8 +194,7 @@ def show_guide(axes, pipe, steps: Steps, x0: list[torch.Tensor], guides, results
     sheet(axes, rows, columns if g == 0 else (), labels, results)
 
 
-# ----------------------------------------------------------------------------------------------------------
-# DreamDA
+# DreamDA ----------------------------------------------------------------------------------------------------
 
 
 def show_variations(run: Finished, figure) -> None:
@@ -208,7 +202,7 @@ def show_variations(run: Finished, figure) -> None:
     args, data, pipe, i = run.args, run.data, run.pipe, len(run.data.train) // 2
     image = common.for_generator(data.train, pipe, args.square)[i][0]
     name = data.class_names[data.train.labels[i]]
-    source, prompt = (common.fill(text, name) for text in (args.source_prompt, args.prompt))
+    source, prompt = (text.replace("{}", name) for text in (args.source_prompt, args.prompt))
     path, steps, rows, count = Steps(), Steps(), {}, min(6, args.generation_batch_size)
     options = common.options(dreamda.invert, args) | {"source_prompts": [source], "on_step": path.add}
     inverted = dreamda.invert(pipe, image[None], [common.generator(args.seed, KEY, i)], **options)
@@ -285,8 +279,7 @@ def show_votes(run: Finished, answers: dict[int, dict], figure) -> None:
         curves(figure.add_subplot(grid[1, k]), lines, ["$L_{orth}$ (8)", "labels (9)"][k], "epoch", 1)
 
 
-# ----------------------------------------------------------------------------------------------------------
-# DIAGen
+# DIAGen -----------------------------------------------------------------------------------------------------
 
 
 def show_tokens(run: Finished, records: list[dict], figure) -> None:
@@ -298,14 +291,11 @@ def show_tokens(run: Finished, records: list[dict], figure) -> None:
         z = common.encode(pipe, images[:1])
 
     # the class's token is learned once more, as the run learned it
-    start = diagen.initial_embeddings(pipe, [names[y]], args.initializer)
-    start, steps, n = start[:, None].repeat(1, args.vectors, 1).squeeze(1), Steps(), args.inversion_steps
-    options = dict(steps=n, batch_size=args.inversion_batch_size, lr=args.inversion_lr, seed=args.seed)
-    options |= dict(flip=False, templates=[args.prompt]) if args.dataset == "digits" else {}
-    kinds = torch.zeros(len(images), dtype=torch.long)
-    diagen.textual_inversion(pipe, images, kinds, ["<S>"], start, keys=[y], on_step=steps.add, **options)
+    start = diagen.initial_embedding(pipe, names[y], args.initializer)
+    options, steps, n = diagen.inversion_options(args), Steps(), args.inversion_steps
+    diagen.textual_inversion(pipe, images, "<S>", start, seed=(args.seed, y), on_step=steps.add, **options)
     moments = sorted({max(1, min(100, n) // 4), max(1, min(100, n) // 2), min(100, n), n})
-    learned = torch.stack([start[0].cpu(), *(steps[k - 1]["S"][0] for k in moments)])
+    learned = torch.stack([start.cpu(), *(steps[k - 1]["S"] for k in moments)])
 
     def draw(texts: list[str], z: torch.Tensor, strength: float, key: int = 0) -> list[torch.Tensor]:
         """An image by each prompt, all from the latents z [1, C, h, w] and by the same random draws."""
@@ -314,15 +304,15 @@ def show_tokens(run: Finished, records: list[dict], figure) -> None:
 
     tokens = [f"<S|{k}>" for k in range(len(learned))]
     diagen.place_tokens(pipe, tokens, learned)
-    prompts = [common.fill(args.prompt, token) for token in tokens]
+    prompts = [args.prompt.replace("{}", token) for token in tokens]
     rows = [[image, *draw(prompts, 0 * z, 1.0, k)] for k, image in enumerate(images[:3])]
-    S = diagen.read_embeddings(args.embeddings or run.path, names, pipe, args.vectors)
+    S = diagen.read_embeddings(args.embeddings or run.path, names, pipe)
     generators = [common.generator(args.seed, 3, c) for c in range(len(S))]
     S = diagen.noisy_embeddings(S, args.sigmas, generators, args.relative_sigma)[y]
     folder = diagen.embedding_files("", names)[y].parent.name
     tokens = [f"<{folder}|{v}>" for v in range(len(S))]
     diagen.place_tokens(pipe, tokens, S)
-    noisy = {f"σ = {sigma:g}": common.fill(args.prompt, tokens[v]) for v, sigma in enumerate(args.sigmas)}
+    noisy = {f"σ = {sigma:g}": args.prompt.replace("{}", tokens[v]) for v, sigma in enumerate(args.sigmas)}
     written = [re.sub(r"\|\d+>", "|0>", record["prompt"]) for record in records if record["label"] == y]
     written = {textwrap.fill(p.replace(tokens[0], "S*"), 12, max_lines=4): p for p in dict.fromkeys(written)}
     panels = {f"one image under every σ (2), strength {t_0:g}": [*noisy.items()][:5]}

@@ -66,8 +66,7 @@ class Args:
     seed: int = number("[0, 4294967295]", "seed of every random draw", 0)
 
 
-# ----------------------------------------------------------------------------------------------------------
-# The architecture: Stable Diffusion in miniature
+# The architecture: Stable Diffusion in miniature ------------------------------------------------------------
 
 
 def build_tokenizer(words: list[str], max_length: int = 16):
@@ -124,8 +123,7 @@ def build_pipeline():
     return StableDiffusionPipeline(**networks, scheduler=scheduler, **without)
 
 
-# ----------------------------------------------------------------------------------------------------------
-# The stages
+# The stages -------------------------------------------------------------------------------------------------
 
 
 def render_web(args: Args, tokenizer, variety: int = 898, confusion: float = 0.0) -> dict[str, torch.Tensor]:

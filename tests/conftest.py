@@ -21,21 +21,11 @@ pytest.register_assert_rewrite("runs")
 import common  # noqa: E402
 from digits import world  # noqa: E402
 
-splits = world.splits
-
 
 @pytest.fixture(scope="session")
 def pipe():
     """The embedded Stable Diffusion that knows its digits, frozen, fp32 on the CPU, DDPM sampling."""
     return common.load_pipeline(common.DIGITS_CLEAN)
-
-
-@pytest.fixture(scope="session")
-def digits():
-    """The digits world in the style of `pipe`, 20 training images per class."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(world, "splits", splits)  # and not those of `quick`
-        return common.load_data("digits", "", 32, "digits", per_class=20, style=0.0)
 
 
 @pytest.fixture(autouse=True)
@@ -63,7 +53,7 @@ def quick(few_digits):
     pipe = load(common.DIGITS_SD)
 
     def load_once(name, *arguments, **options):
-        return load(name, *arguments, **options) if name != common.DIGITS_SD or options.get("lora") else pipe
+        return load(name, *arguments, **options) if name != common.DIGITS_SD else pipe
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(world, "splits", lambda *_: few_digits)

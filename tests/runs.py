@@ -1,4 +1,7 @@
-"""Helpers of the tests that run a script as a user does; `script` is the script's module."""
+"""Helpers of several test files: tiny runs as a user starts them, kills, what a run leaves, tiny models.
+
+`script` is a script's module.
+"""
 
 import atexit
 import faulthandler
@@ -20,6 +23,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import accelerate
+import diffusers
 import numpy as np
 import pytest
 import scipy.stats
@@ -32,15 +36,54 @@ from accelerate.state import AcceleratorState
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from PIL import Image
 from tqdm.auto import tqdm
+from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel
 
+import actgen
 import common
-from digits import pretrain
+import diagen
+import dreamda
+from digits import pretrain, world
 
 # imported once, before the runs in child processes, and left out of every collection of garbage
 IMPORTED = accelerate, scipy, timm, torchmetrics, DDIMScheduler, StableDiffusionPipeline
 gc.freeze()
 atexit.register(gc.unfreeze)
 TWO_PROCESSES = "-m torch.distributed.run --standalone --nproc_per_node 2".split()
+
+ACTGEN = dict(epochs=4, images_per_epoch=4, generation_batch_size=2, steps=4, eval_every=4, genval_share=0.5)
+DREAMDA = dict(variations=2, steps=3, generation_batch_size=6, epochs=2, eval_every=2, batch_size=8, heads=2)
+DREAMDA |= dict(burn_in=0.0, synthetic_ratio=2.0)
+DIAGEN = dict(epochs=2, iterations=2, filter_epochs=2, batch_size=4, steps=4, variations=2, inversion_steps=4)
+DIAGEN |= dict(inversion_batch_size=2, generation_batch_size=4, prompts_per_class=3)
+DIGITS = {  # a tiny run on digits
+    actgen: ACTGEN | dict(examples_per_class=4),
+    dreamda: DREAMDA | dict(examples_per_class=1, threshold=0.0),
+    diagen: DIAGEN | dict(examples_per_class=1, generation_batch_size=20, inversion_steps=2),
+}
+OWN = dict(dataset="folder", diffusion=common.DIGITS_SD, classifier="small_cnn", image_size=32, workers=0)
+OWN |= dict(augment="crop", lr=1e-3, pretrained=False, examples_per_class=0)
+FOLDER = {  # a tiny run on a folder of images; a test adds data_dir and out
+    actgen: ACTGEN | OWN | dict(attention_resolution=8, optimizer="adamw", batch_size=4),
+    dreamda: DREAMDA | OWN | dict(optimizer="adamw"),
+    diagen: DIAGEN | OWN | dict(examples_per_class=4, frozen=False),
+}
+SCRIPTS = [*DIGITS]
+each_script = pytest.mark.parametrize("script", SCRIPTS, ids=[script.__name__ for script in SCRIPTS])
+
+
+def refused(words):
+    return pytest.raises(common.UserError, match=words)
+
+
+def generators(n, key=0):
+    return [common.generator(key, i) for i in range(n)]
+
+
+def held_out(n):
+    """Held-out digits: images [n, 3, 32, 32], labels, prompts, true masks [n, 32, 32]."""
+    r = world.render_pool(world.pools()["test"], n, seed=5)
+    prompts = [f"a photo of a {world.NAMES[y]}" for y in r["labels"]]
+    return r["images"].permute(0, 3, 1, 2).float() / 255, r["labels"], prompts, r["masks"]
 
 
 def command_line(words, arguments):
@@ -80,6 +123,20 @@ def the_error(outcome):
     assert status == 2 and len(lines) == 1 and re.match(r"\w+\.py: error: ", lines[0]), stderr
     assert stderr.rstrip().endswith(lines[0]) and "Traceback" not in stderr and "usage:" not in stderr, stderr
     return lines[0]
+
+
+def started(script, *words, run=lambda args: {"real only": {"test": {"top1": 0.5}}}):
+    """Arguments of the run that a command line starts, or None, and the outcome; run: args -> a result."""
+    got = [None]
+
+    def run_once(method, args, accelerator):
+        got[0] = args
+        return run(args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common, "run_once", run_once)
+        outcome = in_this_process(script, *words)
+    return got[0], outcome
 
 
 def start_child(function) -> int:
@@ -152,17 +209,6 @@ def die_at(module, name, n):
     setattr(module, name, dying)
 
 
-def check_kill(module, name, n, run, out, expected, files) -> None:
-    """run(out), killed by die_at(module, name, n) and gone on with, leaves what an uninterrupted one does.
-
-    files(out): what is left, to be equal to `expected`.
-    """
-    assert in_child(lambda: (die_at(module, name, n), run(out))) == 9
-    assert not (out / "result.json").exists()
-    assert in_child(lambda: run(out)) == 0
-    assert files(out) == expected
-
-
 def lines_of(path):
     """The records of a JSON lines file."""
     return [json.loads(line) for line in path.read_text().splitlines()]
@@ -175,11 +221,10 @@ def check_imagefolder(folder, records):
 
     images = torchvision.datasets.ImageFolder(folder)
     assert {str(folder / r["file_name"]) for r in records} == {path for path, _ in images.samples}
+    places = dict(data_dir=str(folder), cache_dir=str(folder.parent / "cache"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-        read = datasets.load_dataset(
-            "imagefolder", data_dir=str(folder), cache_dir=str(folder.parent / "cache"), split="train"
-        )
+        read = datasets.load_dataset("imagefolder", split="train", **places)
     assert [{k: v for k, v in row.items() if k != "image"} for row in read] == [
         {k: v for k, v in r.items() if k != "file_name"} for r in records
     ]
@@ -241,13 +286,40 @@ def stripes(count, seed):
         wave = np.sin((u * np.cos(angle) + v * np.sin(angle)) * rng.uniform(1, 1.6) + rng.uniform(0, 7))
         image = 0.5 + 0.4 * wave[..., None] * rng.uniform(0.3, 1, 3) + rng.normal(0, 0.15, (16, 16, 3))
         images.append(Image.fromarray((255 * image.clip(0, 1)).astype(np.uint8)))
-    return images, labels
+    return images, labels.tolist()
+
+
+def stable_diffusion(version, device="cpu", thin=False):
+    """Stable Diffusion 1.5's or 2.1's architecture, random weights, in bf16; thin: few channels, in fp32."""
+    width, heads, layers, act = (768, 12, 12, "quick_gelu") if version == "1.5" else (1024, 16, 23, "gelu")
+    text = dict(vocab_size=49408, hidden_size=width, intermediate_size=4 * width, hidden_act=act)
+    text |= dict(num_hidden_layers=layers, num_attention_heads=heads)
+    unet = dict(sample_size=64, block_out_channels=(320, 640, 1280, 1280), cross_attention_dim=width)
+    unet |= dict(attention_head_dim=8 if version == "1.5" else (5, 10, 20, 20))
+    unet |= dict(use_linear_projection=version != "1.5")
+    blocks = dict(down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4)
+    vae = dict(sample_size=512, block_out_channels=(128, 256, 512, 512), layers_per_block=2)
+    if thin:
+        text |= dict(vocab_size=600, hidden_size=32, intermediate_size=64, num_hidden_layers=2)
+        few = dict(block_out_channels=(8, 16, 16, 16), norm_num_groups=8)
+        unet |= dict(sample_size=32, attention_head_dim=(1, 2, 4, 4), cross_attention_dim=32, **few)
+        vae |= dict(sample_size=256, **few)
+    with torch.device(device):
+        parts = [diffusers.AutoencoderKL(**vae, **blocks), CLIPTextModel(CLIPTextConfig(**text))]
+        parts = [*parts, diffusers.UNet2DConditionModel(**unet)]
+    dtype = torch.float32 if thin else torch.bfloat16
+    vae, text, unet = (part.to(dtype).eval().requires_grad_(False) for part in parts)
+    noise = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1)
+    parts = dict(vae=vae, text_encoder=text, unet=unet, safety_checker=None, feature_extractor=None)
+    parts |= dict(tokenizer=pretrain.build_tokenizer(["a", "photo", "of", *world.NAMES], max_length=77))
+    parts |= dict(scheduler=diffusers.DDPMScheduler(clip_sample=False, **noise))
+    pipe = StableDiffusionPipeline(**parts, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
 def tiny_clip(folder, names):
     """A CLIP model with random weights, saved in a folder, and its tokenizer, which knows `names`."""
-    from transformers import CLIPConfig, CLIPModel
-
     layers = dict(num_hidden_layers=2, num_attention_heads=2, hidden_size=16, intermediate_size=32)
     tokenizer = pretrain.build_tokenizer(["a", "photo", "of", *names.split()])
     ids = {f"{k}_token_id": getattr(tokenizer, f"{k}_token_id") for k in ("bos", "eos", "pad")}
@@ -257,17 +329,3 @@ def tiny_clip(folder, names):
     clip.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return clip, tokenizer
-
-
-def check_ladder(script, out, seeds):
-    """ladder.json has each run's own accuracy, ladder.md a row a rung with the mean over the seeds."""
-    ladder = json.loads((out / "ladder.json").read_text())
-    rows = [line.split(" | ") for line in (out / "ladder.md").read_text().splitlines()[4:]]
-    assert [row[0].removeprefix("| ") for row in rows] == list(script.METHOD.ladder)
-    for i, split in enumerate(("test", "test_ood")):
-        for row, (rung, values) in zip(rows, ladder[split].items(), strict=True):
-            folders = [out / f"{common.slug(rung)}-s{seed}" for seed in seeds]
-            results = [json.loads((folder / "result.json").read_text()) for folder in folders]
-            assert values == [100 * list(result.values())[-1][split]["top1"] for result in results]
-            assert row[1 + 2 * i].startswith(f"{np.mean(values):.1f} ± ")
-    return ladder

@@ -1,42 +1,31 @@
-"""Arguments and machines: ranges of numbers, other systems, what README says, classifiers used again."""
+"""Arguments and machines: ranges of numbers, other systems, what README says."""
 
 import ast
 import dataclasses
 import importlib
 import io
 import itertools
-import json
 import math
 import re
 import shlex
 import sys
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import redirect_stdout
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
 from transformers import HfArgumentParser
 
 import actgen
 import common
 import diagen
 import dreamda
-from runs import in_this_process, the_error
+from digits import inside
+from runs import FOLDER, SCRIPTS, each_script, in_this_process, refused, started, the_error
 
-ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = (actgen, dreamda, diagen)
-each_script = pytest.mark.parametrize("script", SCRIPTS, ids=[script.__name__ for script in SCRIPTS])
-TINY = {  # one class or two, a handful of images and steps
-    actgen: dict(epochs=2, images_per_epoch=2, steps=2, genval_share=0.5, batch_size=4),
-    dreamda: dict(epochs=1, variations=1, steps=3, batch_size=4),
-    diagen: dict(epochs=1, variations=2, steps=4, batch_size=4, iterations=2, filter_epochs=1)
-    | dict(inversion_steps=1, inversion_batch_size=1, prompts_per_class=1),
-}
+ROOT = common.ROOT
 
 
 def numbers(script):
@@ -45,60 +34,14 @@ def numbers(script):
     return {n: ("int" in k, "list" in k) for n, k in kinds.items() if "int" in k or "float" in k}
 
 
-@pytest.fixture
-def tiny(tmp_path):
-    """tiny(script): the arguments of a tiny run on a folder of two classes, three images in each split."""
-    rng = np.random.default_rng(0)
-    for split, name, i in itertools.product(("train", "val", "test"), ("cat", "dog"), range(3)):
-        file = tmp_path / "data" / split / name / f"{i}.png"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(rng.integers(0, 256, (32, 32, 3), np.uint8)).save(file)
-    folder = dict(dataset="folder", data_dir=tmp_path / "data", baseline=False)
-    small = dict(diffusion=common.DIGITS_SD, classifier="small_cnn", pretrained=False, image_size=32)
-    small |= dict(frozen=False)
-    more = dict(augment="crop", workers=0, examples_per_class=3, attention_resolution=8)
-
-    def arguments(script, **changes):
-        known = folder | dict(out=tmp_path / script.__name__) | small | more | TINY[script] | changes
-        return {k: v for k, v in known.items() if k in {f.name for f in dataclasses.fields(script.Args)}}
-
-    return arguments
-
-
-# ----------------------------------------------------------------------------------------------------------
-# The ranges of numbers
-
 REFUSED = """lr 0 1e9; head_lr 0; warmup 1 7; guidance_scale 1e9; image_size 0 1 100000000; label_smoothing 1
 epochs 0; style 1.5; batch_size 0 1; generation_batch_size 0; steps 0; seed 18446744073709551616; seeds 0
 eval_every 0; variations 0; images_per_epoch 0; genval_share 0 1 2; attention_resolution 0; strength 0 1.01
 heads 0 1; auxiliary_lr 0; threshold 7; burn_in 1.1; synthetic_ratio 0; inversion_lr 0 1e9; inversion_steps 0
-inversion_batch_size 0; synthetic_probability 1.1; iterations 0; filter_epochs 0; vectors 0; eta 2
+inversion_batch_size 0; synthetic_probability 1.1; iterations 0; filter_epochs 0; eta 2
 prompts_per_class 0"""
 # values that no run can mean, beside those that no number takes
 REFUSED = {name: values for name, *values in map(str.split, re.split("[;\n]", REFUSED))}
-
-
-def started(script, *words) -> dict | str:
-    """The arguments with which the command line starts a run, or the one line that it ends with."""
-    got = []
-
-    def run_once(_, args, accelerator):
-        got.append(vars(args))
-        return {"real": {"test": {"top1": 0.5}}}
-
-    with (
-        pytest.MonkeyPatch.context() as patch,
-        redirect_stdout(io.StringIO()),
-        redirect_stderr(io.StringIO()) as err,
-    ):
-        patch.setattr(sys, "argv", [f"{script.__name__}.py", *words])
-        patch.setitem(sys.modules, "__main__", script)
-        patch.setattr(common, "run_once", run_once)
-        try:
-            common.main(script.METHOD)
-        except SystemExit as stop:
-            return the_error((stop.code, "", err.getvalue()))
-    return got[0]
 
 
 @each_script
@@ -115,25 +58,26 @@ def test_nonsense_is_refused_with_the_argument_its_value_and_its_range(script):
 
 
 def test_a_range_holds_for_each_number_of_a_list():
-    assert started(diagen, "--strength", "0.2", "0.4")["strength"] == [0.2, 0.4]
+    assert started(diagen, "--strength", "0.2", "0.4")[0].strength == [0.2, 0.4]
     for wrong in ("nan", "1.5"):
-        assert re.search(r"--strength .*must lie in \(0, 1\]", started(diagen, "--strength", "0.2", wrong))
+        error = the_error(started(diagen, "--strength", "0.2", wrong)[1])
+        assert re.search(r"--strength .*must lie in \(0, 1\]", error)
 
 
-@pytest.mark.parametrize(
-    "words, said",
-    [
-        ("--learning_rate 1", "unrecognized arguments: --learning_rate 1"),
-        ("--epochs 1e3", "--epochs: invalid int value: '1e3'"),
-        ("--optimizer lion", "--optimizer: invalid choice: 'lion'"),
-        ("--dataset cats", "--dataset cats is none of: digits, cifar10, "),
-        ("--prompt a", "--prompt 'a' must have one {} for the class name"),
-        ("--prompt {}{}", "--prompt '{}{}' must have one {} for the class name"),
-    ],
-)
+SAID = {
+    "--learning_rate 1": "unrecognized arguments: --learning_rate 1",
+    "--epochs 1e3": "--epochs: invalid int value: '1e3'",
+    "--optimizer lion": "--optimizer: invalid choice: 'lion'",
+    "--dataset cats": "--dataset cats is none of: digits, cifar10, ",
+    "--prompt a": "--prompt 'a' must have one {} for the class",
+    "--prompt {}{}": "--prompt '{}{}' must have one {} for the class",
+}
+
+
+@pytest.mark.parametrize("words", SAID)
 @each_script
-def test_an_unknown_argument_or_value_ends_in_one_line(script, words, said):
-    assert said in started(script, *words.split())
+def test_an_unknown_argument_or_value_ends_in_one_line(script, words):
+    assert SAID[words] in the_error(started(script, *words.split())[1])
 
 
 def test_every_recipe_is_whole_and_within_the_ranges():
@@ -145,26 +89,21 @@ def test_every_recipe_is_whole_and_within_the_ranges():
             assert args.diffusion and args.lr > 0
 
 
-WHOLE = st.one_of(st.integers(-3, 20), st.integers(), st.sampled_from([2**31, 2**63, 10**30, -(2**63)]))
-ENDS = st.sampled_from([0.0, 1.0, 1e-320, 1e308, math.inf, math.nan])
-REAL = st.one_of(st.floats(), st.floats(-2, 2), ENDS)
-TEXT = st.one_of(WHOLE.map(str), REAL.map(repr), st.sampled_from(["", "1e3", "0x10", "½", "1_0", "-"]))
+NUMBER = st.one_of(st.integers(-3, 20), st.integers(), st.floats(-2, 2), st.floats())
+TEXT = st.one_of(NUMBER.map(repr), st.sampled_from(["", "1e3", "0x10", "½", "1_0", "-", "1e-320", "nan"]))
 
 
 @each_script
 @settings(deadline=None, max_examples=60, database=None, derandomize=True)
 @given(data=st.data())
 def test_any_numbers_start_a_run_or_end_in_one_line(script, data):
-    fields, words = numbers(script), []
-    for name in data.draw(st.lists(st.sampled_from(sorted(fields)), min_size=1, max_size=3, unique=True)):
-        value = st.one_of(WHOLE.map(str) if fields[name][0] else REAL.map(repr), TEXT)
-        several = data.draw(st.lists(value, min_size=1, max_size=3 if fields[name][1] else 1))
-        words += [f"--{name}={several[0]}", *several[1:]]
-    found = started(script, *words)
-    for name in fields if isinstance(found, dict) else ():
-        values = found[name] if isinstance(found[name], list) else [found[name]]
-        fits = (v is None or (math.isfinite(v) and 0 <= v <= 2**32) for v in values)
-        assert all(fits), (name, values)
+    fields = numbers(script)
+    names = data.draw(st.lists(st.sampled_from(sorted(fields)), min_size=1, max_size=3, unique=True))
+    args, outcome = started(script, *(f"--{name}={data.draw(TEXT)}" for name in names))
+    assert args or the_error(outcome)
+    for value in [getattr(args, name) for name in fields] if args else ():
+        values = value if isinstance(value, list) else [value]
+        assert all(v is None or (math.isfinite(v) and 0 <= v <= 2**32) for v in values), (names, values)
 
 
 EXTREMES = [  # legal, but at an end of their ranges
@@ -181,42 +120,18 @@ EXTREMES = [  # legal, but at an end of their ranges
 
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("script, extreme", EXTREMES, ids=lambda x: getattr(x, "__name__", None))
-def test_an_extreme_run_ends_with_a_table_or_in_one_line(script, extreme, tiny):
-    outcome = in_this_process(script, **tiny(script, **extreme))
+def test_an_extreme_run_ends_with_a_table_or_in_one_line(script, extreme, mine):
+    outcome = in_this_process(script, "--no_baseline", **FOLDER[script] | mine | extreme)
     if outcome[0] == 0:
         assert "accuracy in %" in outcome[1] and "nan" not in outcome[1]
     else:
         assert "--" in the_error(outcome)
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Training by the arguments, and its classifiers used again
-
-
 @pytest.mark.usefixtures("quick")
 @each_script
-def test_every_classifier_of_a_run_scores_again_what_the_run_reported(script, tiny):
-    # at this rate DIAGen's best epoch is not the last
-    more = dict(epochs=4, lr=0.3) if script is diagen else {}
-    arguments = tiny(script, baseline=True, examples_per_class=0, **more)
-    status, stdout, stderr = in_this_process(script, **arguments)
-    assert status == 0, stderr
-    assert f"{arguments['out']}: " in stdout and "accuracy in %" in stdout  # what it will do, and did
-    data = common.load_data("folder", str(arguments["data_dir"]), 32)
-    for title, scores in json.loads((arguments["out"] / "result.json").read_text()).items():
-        net, names = common.load_classifier(arguments["out"], title)
-        again = common.evaluate(net, data, common.make_accelerator())
-        assert names == ["cat", "dog"] and net(torch.rand(2, 3, 32, 32)).shape == (2, 2)
-        for split in ("test", "val"):
-            assert again[split] == pytest.approx({key: scores[split][key] for key in again[split]}, 1e-4)
-    with pytest.raises(common.UserError, match="has no trained classifier 'Other'"):
-        common.load_classifier(arguments["out"], "Other")
-
-
-@pytest.mark.usefixtures("quick")
-@each_script
-def test_classifiers_are_trained_with_the_label_smoothing_and_the_rates_that_are_asked_for(
-    script, tiny, monkeypatch
+def test_real_images_alone_need_no_generator_and_the_smoothing_and_rates_are_those_asked_for(
+    script, mine, monkeypatch
 ):
     smoothed, rates, cross_entropy, make = set(), set(), F.cross_entropy, common.make_optimizer
 
@@ -232,26 +147,26 @@ def test_classifiers_are_trained_with_the_label_smoothing_and_the_rates_that_are
 
     monkeypatch.setattr(F, "cross_entropy", spy)
     monkeypatch.setattr(common, "make_optimizer", made)
-    training = dict(real_only=True, label_smoothing=0.25, frozen=False, head_lr=3)
-    status, _, stderr = in_this_process(script, **tiny(script, **training))
+    training = dict(label_smoothing=0.25, head_lr=3, diffusion="/nowhere/sd")
+    status, out, stderr = in_this_process(script, "--real_only", **FOLDER[script] | mine | training)
     assert status == 0 and smoothed == {0.25} and rates == {1.0, 3.0}, stderr
-
-
-# ----------------------------------------------------------------------------------------------------------
-# Other machines
+    title = "real only" if script is actgen else "standard augmentation"
+    assert f"\n{title} " in out and "\n0 images generated" in out
+    with refused("no images that the method drew"):
+        inside.draw(mine["out"])
 
 
 @each_script
 def test_a_tilde_is_the_home_folder_in_every_argument(script, monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("USERPROFILE", str(tmp_path))  # on Windows
-    texts = ("data_dir", "out", "diffusion", "lora", "clip", "synthetic", "embeddings", "llm")
+    texts = ("data_dir", "out", "diffusion", "clip", "synthetic", "embeddings", "llm")
     known = [k for k in texts if k in {f.name for f in dataclasses.fields(script.Args)}]
-    found = started(script, *(f"--{name}=~/my {name}" for name in known))
-    assert {name: found[name] for name in known} == {name: str(tmp_path / f"my {name}") for name in known}
+    args, _ = started(script, *(f"--{name}=~/my {name}" for name in known))
+    assert all(getattr(args, name) == str(tmp_path / f"my {name}") for name in known)
 
 
-def test_documented_commands_have_arguments_that_exist(capsys):
+def test_documented_commands_have_arguments_that_exist_and_named_tests_exist(capsys):
     patterns = "*.md", "digits/**/*.md", "*.py", "digits/**/*.py", "tests/bench.py"
     pages = [path.read_text(encoding="utf-8") for pattern in patterns for path in ROOT.glob(pattern)]
     lines = re.findall(r"python ((?:\w+/)*\w+\.py.*)", "\n".join(pages).replace("\\\n", ""))
@@ -266,6 +181,14 @@ def test_documented_commands_have_arguments_that_exist(capsys):
             HfArgumentParser(module.Args).parse_args_into_dataclasses(words)
         except (SystemExit, ValueError):
             pytest.fail(f"{command}: {capsys.readouterr().err}")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (added,) = re.findall(r"\| try, with `(.*)` \|", readme)
+    for name, words in re.findall(r"^\| `python (\w+)\.py (.*?)` \|", readme, re.M):
+        args, _ = started(importlib.import_module(name), *shlex.split(f"{words} {added}"))
+        assert (args.out, args.overwrite, args.baseline) == ("runs/try", True, False)
+    named = re.findall(r"`(test_\w{9,})`", readme)
+    code = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("test_*.py"))
+    assert len(named) == 9 and not [name for name in named if f"def {name}(" not in code]
 
 
 def anchors(page: Path) -> list[str]:

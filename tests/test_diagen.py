@@ -1,4 +1,4 @@
-"""DIAGen's properties, against stock diffusers, references written by hand, torch-fidelity and the oracle."""
+"""DIAGen's properties, against stock diffusers, references written by hand and the oracle."""
 
 import copy
 import itertools
@@ -12,20 +12,18 @@ from diffusers import DDIMScheduler, DDPMScheduler, StableDiffusionImg2ImgPipeli
 from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
+from torchvision.transforms.v2.functional import to_pil_image
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import common
 import diagen
-from digits import judge, pretrain, world
+from digits import pretrain, world
+from runs import generators, refused
 
 NAMES = ["two", "seven", "four"]
-TOKENS = [f"<{name}>" for name in NAMES]
+TOKENS = [f"<{y:04d} {name}>" for y, name in enumerate(NAMES)]
 PLAIN = common.make_transforms(32)[1]
 TINY = dict(steps=4, variations=2, inversion_steps=3, generation_batch_size=5, prompts_per_class=3)
-
-
-def generators(n):
-    return [common.generator(0, i) for i in range(n)]
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +43,7 @@ def few():
 @pytest.fixture(scope="module")
 def data(few):
     """Two training images of each of three digits; all twelve are the test and the validation split."""
-    test = common.Images([common.to_pil(x) for x in few[0]], few[1], PLAIN)
+    test = common.Images([to_pil_image((255 * x).round().byte()) for x in few[0]], few[1].tolist(), PLAIN)
     return common.Data(NAMES, test.subset(range(0, 12, 2)), test, test, class_names=NAMES)
 
 
@@ -68,77 +66,76 @@ def synthesize(pipe, data, out, **changes):
     return common.read_file(folder / "metadata.jsonl"), weights, pixels
 
 
-def invert(pipe, images, labels, classes, steps, lr=0.02):
-    start = diagen.initial_embeddings(pipe, [NAMES[c] for c in classes], "background")
-    options = dict(steps=steps, lr=lr, templates=[diagen.PHOTO], flip=False, keys=classes)
-    return diagen.textual_inversion(pipe, images, labels, [TOKENS[c] for c in classes], start, **options)
+def invert(pipe, few, c, steps, lr=0.02):
+    start, images = diagen.initial_embedding(pipe, NAMES[c], "background"), few[0][few[1] == c]
+    options = dict(steps=steps, lr=lr, templates=[diagen.PHOTO], flip=False, seed=(0, c))
+    return diagen.textual_inversion(pipe, images, TOKENS[c], start, **options)
 
 
 def test_nothing_but_the_new_tokens_rows_changes_and_no_hook_is_left(pipe, few, monkeypatch):
     parts = nn.ModuleList([pipe.unet, pipe.vae, pipe.text_encoder])
-    old, rows, new = copy.deepcopy(parts.state_dict()), invert(pipe, *few, [0, 1, 2], 2), parts.state_dict()
-    (name,) = (key for key in new if not torch.equal(old[key], new[key]))
-    old, new, ids = old[name], new[name], pipe.tokenizer.convert_tokens_to_ids(TOKENS)
+    old, rows = copy.deepcopy(parts.state_dict()), torch.stack([invert(pipe, few, c, 2) for c in range(3)])
+    (name,) = (key for key, value in parts.state_dict().items() if not torch.equal(old[key], value))
+    old, new, ids = old[name], parts.state_dict()[name], pipe.tokenizer.convert_tokens_to_ids(TOKENS)
     others = [i for i in range(len(old)) if i not in ids]
     assert name.endswith("token_embedding.weight") and len(new) == len(pipe.tokenizer)
     assert torch.equal(new[ids], rows) and torch.equal(new[others], old[others])
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
         patch.setattr(pipe.unet, "forward", lambda *_, **__: 1 / 0)
-        invert(pipe, *few, [0, 1, 2], 5)
+        invert(pipe, few, 0, 5)
     assert not any(m._forward_hooks for m in parts.modules())
     assert not any(p.requires_grad or p.grad is not None for p in parts.parameters())
 
 
-def test_a_class_learns_alone_and_with_checkpoints_what_it_learns_beside_others(pipe, few):
-    (images, labels), start = few, diagen.initial_embeddings(pipe, ["background"])[0]
-    together = invert(pipe, images, labels, [0, 1, 2], 8)
-    alone = invert(pipe, images[labels == 1], torch.zeros(4, dtype=torch.long), [1], 8)[0]
-    assert (alone - together[1]).norm() < 0.01 * (together[1] - start).norm()
+def test_a_class_learns_with_checkpoints_and_beside_other_tokens_what_it_learns_without(pipe, few):
+    diagen.place_tokens(pipe, TOKENS, torch.randn(3, 96))
     less_memory = common.load_pipeline(common.DIGITS_CLEAN, checkpointing=True)
     assert less_memory.unet.is_gradient_checkpointing and less_memory.vae.is_gradient_checkpointing
-    assert torch.allclose(*(invert(p, images, labels, [0, 1, 2], 2) for p in (pipe, less_memory)), atol=1e-4)
+    assert torch.allclose(*(invert(p, few, 1, 3) for p in (pipe, less_memory)), atol=1e-4)
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 def test_a_step_follows_the_gradient_of_the_denoising_error(pipe, few, prediction, monkeypatch):
     """Of equation (1), by hand. Inside the U-Net the gradient is larger, as fp16 has no small numbers."""
-    (images, labels), templates = few, [diagen.PHOTO, "the red {} on a plain background"]
+    images, templates = few[0][4:8], [diagen.PHOTO, "the red {} on a plain background"]
     scheduler = DDPMScheduler.from_config(pipe.scheduler.config, prediction_type=prediction)
     drawn, inner, add_noise, encode = [], [], scheduler.add_noise, pipe.encode_prompt
     monkeypatch.setattr(scheduler, "add_noise", lambda *a: drawn.append(a) or add_noise(*a))
     monkeypatch.setattr(pipe, "encode_prompt", lambda p, *a: drawn.append(p) or encode(p, *a))
     monkeypatch.setattr(pipe, "scheduler", scheduler)
     monkeypatch.setattr(torch.optim, "AdamW", lambda rows, lr, weight_decay: torch.optim.SGD(rows, lr))
-    start, options = diagen.initial_embeddings(pipe, NAMES), dict(steps=1, batch_size=5, lr=1.0)
+    start, options = diagen.initial_embedding(pipe, "seven"), dict(steps=1, batch_size=15, lr=1.0)
     with pipe.unet.register_forward_hook(lambda *a: a[2].sample.register_hook(inner.append) and None):
-        rows = diagen.textual_inversion(pipe, images, labels, TOKENS, start, templates=templates, **options)
+        S = diagen.textual_inversion(pipe, images, TOKENS[1], start, templates=templates, **options)
     prompts, (z, noise, t) = drawn
-    views, mirrored = [common.encode(pipe, x) for x in (images, images.flip(-1))], 0
-    for j in range(15):  # five of each class, mirrored or not, under its own token
-        distances = [(x[labels == j // 5] - z[j]).abs().amax((1, 2, 3)).min() for x in views]
-        mirrored += distances[1] < distances[0]
-        assert min(distances) < 1e-4 and prompts[j] in [p.format(TOKENS[j // 5]) for p in templates]
-    assert 0 < mirrored < 15 and len(t.unique()) > 10 and len(set(prompts)) > 3
-    table, ids = pipe.text_encoder.get_input_embeddings().weight, pipe.tokenizer.convert_tokens_to_ids(TOKENS)
+    views, found = [common.encode(pipe, x) for x in (images, images.flip(-1))], []
+    for latents in z:  # of an image, mirrored or not
+        distances = (torch.cat(views) - latents).abs().amax((1, 2, 3))
+        found.append(distances.argmin().item())
+        assert distances.min() < 1e-4
+    assert len({i % 4 for i in found}) == 4 and 0 < sum(i < 4 for i in found) < 15
+    assert len(t.unique()) > 10 and {*prompts} == {p.replace("{}", TOKENS[1]) for p in templates}
+    table = pipe.text_encoder.get_input_embeddings().weight
+    row = pipe.tokenizer.convert_tokens_to_ids(TOKENS[1])
     (name,) = (name for name, p in pipe.text_encoder.named_parameters() if p is table)
-    leaf = table.clone().index_copy(0, torch.tensor(ids), start).requires_grad_()
+    leaf = table.clone().index_copy(0, torch.tensor([row]), start[None]).requires_grad_()
     padded = pipe.tokenizer(prompts, padding="max_length", return_tensors="pt").input_ids
     text = torch.func.functional_call(pipe.text_encoder, {name: leaf}, (padded,))[0]
     alpha = scheduler.alphas_cumprod[t].view(-1, 1, 1, 1)
     a, b = alpha.sqrt(), (1 - alpha).sqrt()
     target = noise if prediction == "epsilon" else a * noise - b * z
     output = pipe.unet(a * z + b * noise, t, text).sample
-    loss = sum(F.mse_loss(output[j : j + 5], target[j : j + 5]) for j in (0, 5, 10))
-    gradient, at_output = torch.autograd.grad(loss, (leaf, output))
-    error = (start - rows - gradient[ids]).norm(dim=1) / gradient[ids].norm(dim=1)
-    assert error.max() < 1e-3 and inner[0].norm() > 100 * at_output.norm()
+    gradient, at_output = torch.autograd.grad(F.mse_loss(output, target), (leaf, output))
+    error = (start - S - gradient[row]).norm() / gradient[row].norm()
+    assert error < 1e-3 and inner[0].norm() > 100 * at_output.norm()
 
 
 def test_a_learned_token_draws_its_class_and_drifts_the_more_the_larger_sigma_is(pipe, few):
     prompts, oracle, texts = [f"a photo of a {t}" for t in TOKENS for _ in range(8)], common.load_oracle(), []
     truth = torch.tensor([world.NAMES.index(name) for name in NAMES]).repeat_interleave(8)
     options = dict(num_inference_steps=12, guidance_scale=4.0, output_type="pt")
-    start, learned = diagen.initial_embeddings(pipe, NAMES, "background"), invert(pipe, *few, [0, 1, 2], 50)
+    learned = torch.stack([invert(pipe, few, c, 50) for c in range(3)])
+    start = diagen.initial_embedding(pipe, "background").expand(3, -1)
     noisy = diagen.noisy_embeddings(learned, [0.0, 0.25, 0.5, 1.0, 5.0], generators(3), relative=True)
     for rows, least, most in ((start, 0, 0.4), (noisy[:, 0], 0.8, 1), (noisy[:, -1], 0, 0.5)):
         diagen.place_tokens(pipe, TOKENS, rows)
@@ -152,83 +149,72 @@ def test_a_learned_token_draws_its_class_and_drifts_the_more_the_larger_sigma_is
 
 
 def test_tokens_start_from_the_mean_of_a_words_pieces_and_say_what_keeps_them_from_learning(pipe, few):
-    rows = diagen.initial_embeddings(pipe, ["seven", "red seven"])
     ids = pipe.tokenizer.convert_tokens_to_ids(["seven</w>", "red</w>"])
     seven, red = pipe.text_encoder.get_input_embeddings().weight[ids]
-    assert torch.equal(rows[0], seven) and torch.allclose(rows[1], (red + seven) / 2)
-    assert torch.equal(diagen.initial_embeddings(pipe, ["one", "two"], "seven"), seven.expand(2, -1))
+    assert torch.equal(diagen.initial_embedding(pipe, "seven"), seven)
+    assert torch.equal(diagen.initial_embedding(pipe, "one", "seven"), seven)
+    assert torch.allclose(diagen.initial_embedding(pipe, "red seven"), (red + seven) / 2)
     for name, initializer in (("", ""), (" ", ""), ("one", "  ")):
-        with pytest.raises(common.UserError, match="no token for .*--initializer"):
-            diagen.initial_embeddings(pipe, [name], initializer)
+        with refused("no token for .*--initializer"):
+            diagen.initial_embedding(pipe, name, initializer)
     for mode in (torch.inference_mode, torch.no_grad):
-        with mode(), pytest.raises(common.UserError, match="needs gradients; leave torch.inference_mode"):
-            invert(pipe, *few, [0, 1, 2], 1)
-    with pytest.raises(common.UserError, match="diverged; lower --inversion_lr"):
-        invert(pipe, *few, [0, 1, 2], 3, lr=1e30)
+        with mode(), refused("needs gradients; leave torch.inference_mode"):
+            invert(pipe, few, 0, 1)
+    with refused("diverged; lower --inversion_lr"):
+        invert(pipe, few, 0, 3, lr=1e30)
 
 
 def test_every_new_token_is_one_with_its_own_row(pipe):
     odd = 'car|0 carrot|0 dog|0 seven|1 seven|10 A|0 a|0 Ünï猫|3 A baker\'s|0 "y"|0'.split(" ")
     tokens = ["<hot dog|0>", *(f"<{name}>" for name in odd)]
     rows, prompts = torch.randn(len(tokens), 96), [f"a photo of a {token}" for token in [*tokens, "car"]]
-    with diagen.new_tokens(pipe, tokens, rows):
-        plain = embed(pipe, prompts)
-    ids = pipe.tokenizer.convert_tokens_to_ids(tokens)
+    ids = diagen.place_tokens(pipe, tokens, rows).tolist()
     assert torch.equal(pipe.text_encoder.get_input_embeddings().weight[ids], rows)
-    assert torch.allclose(embed(pipe, prompts), plain, atol=1e-5)
     for i, token in enumerate(tokens):
         for text in ("{}", "a photo of a {}.", "x{}y", "{}{}", "the {}, {} and {}"):
             found = pipe.tokenizer(text.replace("{}", token), add_special_tokens=False).input_ids
             assert [j for j in found if j in ids] == [ids[i]] * text.count("{}")
-        with diagen.new_tokens(pipe, tokens, rows * (1 - 2 * torch.eye(len(tokens))[:, i : i + 1])):
-            change = (embed(pipe, prompts) - plain).abs().amax((1, 2)) > 1e-4
-        assert change.nonzero().flatten().tolist() == [i]
+        before = embed(pipe, prompts)
+        with diagen.new_token(pipe, token, -rows[i]):
+            inside = embed(pipe, prompts)
+        assert ((inside - before).abs().amax((1, 2)) > 1e-4).nonzero().flatten().tolist() == [i]
+        assert torch.allclose(embed(pipe, prompts), inside, atol=1e-5)
 
 
 @pytest.mark.parametrize("relative", [False, True])
-@pytest.mark.parametrize("shape", [(2,), (2, 2)], ids=["one", "two vectors"])
-def test_every_vector_has_noise_of_its_own_of_standard_deviation_sigma(shape, relative):
-    rows, sigmas = 1 + (1 + 3 * torch.rand(*shape, 1)) * torch.randn(*shape, 50_000), [0.0, 0.5, 2.0]
+def test_every_token_has_noise_of_its_own_of_standard_deviation_sigma(relative):
+    rows, sigmas = 1 + (1 + 3 * torch.rand(2, 1)) * torch.randn(2, 50_000), [0.0, 0.5, 2.0]
     noisy = diagen.noisy_embeddings(rows, sigmas, generators(2), relative)
-    assert noisy.shape == (2, 3, *shape[1:], 50_000) and torch.equal(noisy[:, 0], rows)
-    scale = rows.square().mean(-1).sqrt() if relative else torch.ones(shape)
+    assert noisy.shape == (2, 3, 50_000) and torch.equal(noisy[:, 0], rows)
+    scale = rows.square().mean(-1).sqrt() if relative else torch.ones(2)
     for v, sigma in enumerate(sigmas):
         assert torch.allclose((noisy[:, v] - rows).std(-1), sigma * scale, rtol=0.02)
-    noise = (noisy - rows[:, None])[:, 1:].flatten(0, -2)
-    correlation = torch.corrcoef(torch.cat([noise, rows.flatten(0, -2)]))
+    noise = (noisy - rows[:, None])[:, 1:].flatten(0, 1)
+    correlation = torch.corrcoef(torch.cat([noise, rows]))
     assert (correlation - torch.eye(len(correlation))).abs().max() < 0.025
     alone = diagen.noisy_embeddings(rows[1:], sigmas, generators(2)[1:], relative)
     assert torch.equal(alone[0], noisy[1])  # a class has the noise of its own generator
 
 
-@pytest.mark.parametrize("vectors", [1, 3])
-def test_stock_diffusers_and_other_runs_read_a_runs_tokens_and_refuse_others(data, tmp_path, vectors):
+def test_stock_diffusers_and_other_runs_read_a_runs_tokens_and_refuse_others(data, tmp_path):
     pipe, stock = (common.load_pipeline(common.DIGITS_CLEAN) for _ in range(2))
-    args, run = a_run(tmp_path, vectors=vectors, inversion_steps=20)
-    rows = diagen.learn_tokens(args, run, pipe, data).view(3, vectors, 96)
-    others = torch.cat([rows, diagen.initial_embeddings(pipe, NAMES, "background")[:, None]], 1)
-    assert (torch.cdist(rows, others) > 0.1).sum() == rows[..., 0].numel() * vectors  # each learns another
+    args, run = a_run(tmp_path, inversion_steps=20, inversion_lr=0.02, initializer="background")
+    rows = diagen.learn_tokens(args, run, pipe, data)
+    others = torch.cat([rows, diagen.initial_embedding(pipe, "background")[None]])
+    assert (torch.cdist(rows, others) > 0.1).sum() == 9  # each learns another
     for file in (files := diagen.embedding_files(tmp_path, NAMES)):
         StableDiffusionPipeline.load_textual_inversion(stock, str(file.parent))
-    prompts = ["a photo of a <two> on a flower background", "a red <seven>", "<two> <seven>", "a red seven"]
+    prompts = [f"a photo of a {TOKENS[0]} on a flower background", f"a red {TOKENS[1]}", "a red seven"]
+    prompts.append(f"{TOKENS[0]} {TOKENS[2]}")
     diagen.place_tokens(pipe, TOKENS, rows)
-    assert torch.equal(embed(stock, prompts), ours := embed(pipe, prompts))
-    for i in range(vectors):  # every vector counts, in its own prompts alone
-        (moved := rows.clone())[0, i] *= -1
-        diagen.place_tokens(pipe, TOKENS, moved)
-        moved = (embed(pipe, prompts) - ours).abs().amax((1, 2)) > 1e-4
-        assert moved.tolist() == [True, False, True, False]
-    args, run = a_run(tmp_path / "other", vectors=vectors, embeddings=str(tmp_path))
-    assert torch.equal(diagen.learn_tokens(args, run, pipe, data).view_as(rows), rows)
+    assert torch.equal(embed(stock, prompts), embed(pipe, prompts))
+    args, run = a_run(tmp_path / "other", embeddings=str(tmp_path))
+    assert torch.equal(diagen.learn_tokens(args, run, pipe, data), rows)
     assert not (run.path / "embeddings").exists()
-    faults = {(2, 96): "has 2 vectors; give --vectors 2", (vectors, 95): "encoder .width 95, this one 96"}
-    for shape, fault in (faults | {(192,): "made for another text encoder .width 192"}).items():
+    for shape in (2, 96), (95,), (192,):
         save_file({"<x>": torch.ones(shape)}, files[1])
-        with pytest.raises(common.UserError, match=f"{files[1]} .*{fault}"):
+        with refused(f"{files[1]} was made for another text encoder, or has several vectors: .*, here .96"):
             diagen.check(args, run, data, pipe)
-    files[1].unlink()
-    with pytest.raises(common.UserError, match=f"--embeddings {tmp_path} .* lacks {files[1]}"):
-        diagen.check(args, run, data, pipe)
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
@@ -247,10 +233,11 @@ def test_img2img_is_stock_img2img_bit_for_bit(pipe, few, prediction, scale, monk
 
 
 def test_without_noise_prompts_and_weights_it_is_da_fusion_bit_for_bit(pipe, data, tmp_path):
-    free = dict(strength=[1.0], guidance_scale=8.0)  # the prompt has much to say
+    free = dict(strength=[1.0], guidance_scale=8.0, prompt="one {}")  # the prompt has much to say
     _, equal, pixels = synthesize(pipe, data, tmp_path / "baseline", method="da_fusion", **free)
     parts = free | dict(prompts="none", weighting=False)
-    _, weights, ours = synthesize(pipe, data, tmp_path / "same", sigmas=[0.0] * 4, **parts)
+    records, weights, ours = synthesize(pipe, data, tmp_path / "same", sigmas=[0.0] * 4, **parts)
+    assert [r["prompt"] for r in records[:4]] == [f"one <0000 two|{v}>" for v in range(4)]
     assert len(ours) == 12 and np.array_equal(ours, pixels) and torch.equal(weights, equal)
     parts |= dict(sigmas=[0.0, 5.0], embeddings=str(tmp_path / "same"))
     noisy = synthesize(pipe, data, tmp_path / "noisy", **parts)[2]
@@ -262,6 +249,7 @@ def test_images_of_several_strengths_in_a_batch_are_drawn_as_each_is_alone(pipe,
     options = dict(method="real_guidance", strength=[0.05, 0.9], generation_batch_size=8, steps=20)
     records, _, mixed = synthesize(pipe, data, tmp_path / "mixed", **options)
     assert {r["prompt"] for r in records} == {f"a photo of a {name}" for name in NAMES}
+    assert not (tmp_path / "mixed" / "embeddings").exists()
     guides = common.decode(pipe, common.encode(pipe, few[0][::2])).repeat_interleave(2, 0).permute(0, 2, 3, 1)
     for strength, least, most in ((0.05, 0, 8), (0.9, 30, 255)):  # little, it is nearly its reconstruction
         options |= dict(strength=[strength], generation_batch_size=1)
@@ -290,10 +278,11 @@ def test_given_prompts_and_noisy_tokens_are_used_in_rotation_by_a_baseline_too(p
     args, run = a_run(tmp_path, variations=7, method="da_fusion", **given)
     assert {key: getattr(args, key) for key in given} == given
     records = diagen.draw_variations(args, run, pipe, data, tmp_path / "synthetic")
-    for c, name in enumerate(NAMES):
+    noisy = [f"{token[:-1]}|{v}>" for token in TOKENS for v in range(4)]
+    for c in range(3):
         own = [r["prompt"] for r in records if r["label"] == c]
-        assert own == [f"a photo of a {colours[j % 3]} <{name}|{j % 4}>" for j in range(14)]
-    ids = pipe.tokenizer.convert_tokens_to_ids([f"<{name}|{v}>" for name in NAMES for v in range(4)])
+        assert own == [f"a photo of a {colours[j % 3]} {noisy[4 * c + j % 4]}" for j in range(14)]
+    ids = pipe.tokenizer.convert_tokens_to_ids(noisy)
     table = pipe.text_encoder.get_input_embeddings().weight[ids].view(3, 4, 96)
     distance = (table - rows[:, None]).square().mean(2).sqrt() / rows.square().mean(1).sqrt()[:, None]
     assert torch.allclose(distance, torch.tensor(sigmas), rtol=0.3)
@@ -318,7 +307,7 @@ def test_validation_images_come_from_what_the_few_shot_draw_left(per_class):
     train, empty = common.Images(images, [i % 10 for i in range(120)]), common.Images([], [], PLAIN)
     data = common.Data([*"abcdefghij"], train, empty, class_names=[*"abcdefghij"])
     if per_class:
-        drawn = common.draw_per_class(train.labels, per_class, 0)
+        drawn = common.draw_per_class(train.labels, lambda n: per_class, 0)
         data.train, data.unlabelled = train.subset(drawn), train.subset(np.setdiff1d(np.arange(120), drawn))
     diagen.add_validation(diagen.METHOD.arguments(examples_per_class=per_class), data)
     reds = [{image.getpixel((0, 0))[0] for image in part.sources} for part in (data.train, data.val)]
@@ -368,13 +357,11 @@ def test_prompts_are_found_in_an_answer_and_missing_ones_filled_and_told(capsys)
 
 def test_a_language_model_writes_the_prompts_or_is_named(pipe, data, tmp_path, monkeypatch):
     args, run = a_run(tmp_path / "run", prompts="llm", llm=str(tmp_path))
-    with pytest.raises(common.UserError, match=f"cannot load the model '{tmp_path}'"):
-        diagen.check(args, run, data, pipe)
     tokenizer = pretrain.build_tokenizer("a photo of small owl".split())
     sizes = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
     LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(common.UserError, match="no chat template; give an instruct model"):
+    with refused("no chat template; give an instruct model"):
         diagen.check(args, run, data, pipe)
     tokenizer.chat_template = "user: {{ messages[0].content }} bot:"
     tokenizer.save_pretrained(tmp_path)
@@ -386,15 +373,28 @@ def test_a_language_model_writes_the_prompts_or_is_named(pipe, data, tmp_path, m
     assert diagen.ask_llm(args.llm, ["owl"], 2, uncommon=True) == [["a photo of a small {}", diagen.PHOTO]]
 
 
+def test_a_language_model_is_asked_once_and_its_prompts_are_kept(pipe, data, tmp_path, rows, monkeypatch):
+    def ask(model, names, count, uncommon):
+        assert (model, names, uncommon) == ("my/model", NAMES, True)
+        return [[f"a {{}} number {k}" for k in range(count)] for _ in names]
+
+    args, run = a_run(tmp_path, prompts="llm", llm="my/model", uncommon=True)
+    for asked in (ask, None):
+        monkeypatch.setattr(diagen, "ask_llm", asked)
+        records = diagen.draw_variations(args, run, pipe, data, tmp_path / "synthetic")
+        numbers = [int(r["prompt"].split(" number ")[1]) for r in records if r["label"] == 1]
+        assert numbers == [0, 1, 2, 0]
+
+
 @pytest.mark.parametrize("prompts", ["llm", "bank"])
-def test_prompts_survive_their_file(pipe, prompts, tmp_path, monkeypatch):
+def test_prompts_survive_their_file(prompts, tmp_path, monkeypatch):
     names = ["guinea pig", 'semi;colon "quoted"', "Ünï 猫", "A", "a", "photo", "table"]
     data, rng = common.Data(names, None, class_names=names), np.random.default_rng(0)
     told = [[f'a photo of a "{k}"; ü\u2028 {{}}, {name}' for k in range(3)] for name in names]
     monkeypatch.setattr(diagen, "ask_llm", lambda *_: told)
     drawn = told if prompts == "llm" else [[diagen.write_prompt(rng) for _ in range(3)] for _ in names]
     args = diagen.METHOD.arguments(dataset="folder", prompts=prompts, prompts_per_class=3)
-    text = diagen.write_prompts(args, names, pipe)
+    text = diagen.write_prompts(args, names)
     for written in (text, f"\ufeff{text}\n\n".replace("\n", "\r\n")):  # as a spreadsheet writes it
         (tmp_path / "p.csv").write_bytes(written.encode())
         assert diagen.read_prompts(tmp_path / "p.csv", data) == drawn
@@ -423,7 +423,7 @@ def test_a_file_of_prompts_has_english_names_or_the_data_sets_and_a_bad_line_is_
     assert others == [["a {}", "the {}", "one {}"], ["a {}"], ["a {}"], [diagen.PHOTO]]
     for text, fault in BAD.items():
         path.write_bytes(text if isinstance(text, bytes) else text.encode())
-        with pytest.raises(common.UserError, match=f"{path}.*{fault}"):
+        with refused(f"{path}.*{fault}"):
             diagen.read_prompts(path, data, pipe)
 
 
@@ -460,17 +460,18 @@ def test_weights_are_the_papers_normalised_and_an_epoch_is_class_balanced_and_dr
     assert torch.equal(a, again) and not torch.equal(a, b)
 
 
-def test_of_a_frozen_classifier_only_the_head_learns_and_its_backbone_must_know_something(data, tmp_path):
-    args, run = a_run(tmp_path, frozen=True)  # on digits a pretrained small CNN
-    net, model, optimizer = diagen.new_classifier(args, run.accelerator, NAMES)
+def test_of_a_frozen_classifier_only_the_head_learns_and_the_best_epochs_is_loaded(data, tmp_path):
+    args, run = a_run(tmp_path, frozen=True, pretrained=True, iterations=30)
+    net, model, optimizer = common.new_classifier(args, run.accelerator, NAMES)
     before = {key: value.clone() for key, value in net.state_dict().items()}
     batches = diagen.draw_batches(args, data.train, torch.ones(6), run.accelerator, 0)
     common.train_epoch(model, batches, optimizer, [0.01] * args.iterations, run.accelerator)
     changed = [key for key, value in net.state_dict().items() if not torch.equal(value, before[key])]
-    assert changed == ["head.weight", "head.bias"] and not diagen.check(args, run, data, None)
-    args.pretrained = False
-    with pytest.raises(common.UserError, match="random features; give --pretrained, or --frozen false"):
-        diagen.check(args, run, data, None)
+    assert changed == ["head.weight", "head.bias"]  # and not the batch norm's means, either
+    run.begin(data, "")
+    run.write("DIAGen.pt", {"best": {"weights": net.state_dict()}, "model": before})
+    loaded, _ = common.load_classifier(tmp_path, "DIAGen")
+    assert torch.equal(loaded.head.weight, net.head.weight)
 
 
 def test_the_confidence_is_the_mean_over_five_random_views_calibrated(data):
@@ -489,7 +490,8 @@ def test_the_filter_knows_images_of_the_wrong_class(data, tmp_path, monkeypatch)
     images, wrong = data.test, [(y + 1) % 3 for y in data.test.labels]
     data = common.Data(NAMES, images, images, images.subset(range(12)), class_names=NAMES)
     data.val.labels[::4] = wrong[::4]  # so it gets too sure of the others; its best epoch counts
-    args, run = a_run(tmp_path, iterations=8, lr=0.01, augment="crop")
+    options = dict(iterations=8, filter_epochs=50, batch_size=16, pretrained=True, lr=0.01)
+    args, run = a_run(tmp_path, augment="crop", **options)
     records = [{"file_name": f"{k}.png", "label": y} for k, y in enumerate(images.labels + wrong)]
     for record, image in zip(records, images.sources * 2, strict=True):
         image.save(tmp_path / record["file_name"])
@@ -509,12 +511,3 @@ def test_a_folder_has_the_released_recipe():
     expected |= dict(classifier="resnet50.tv2_in1k", pretrained=True, frozen=True, epochs=50, batch_size=16)
     assert {key: getattr(args, key) for key in expected} == expected and args.augment == "zoomed"
     assert diagen.METHOD.arguments(dataset="coco").augment == "squeezed"
-
-
-def test_precision_and_recall_are_torch_fidelitys():
-    prc = pytest.importorskip("torch_fidelity.metric_prc")
-    real, fake = torch.randn(300, 8), 0.7 * torch.randn(200, 8) + 0.4
-    ours = judge.distribution_distances(real, fake)
-    expected = prc.prc_features_to_metric(fake, real, prc_neighborhood=3, verbose=False)
-    for key in ("precision", "recall"):
-        assert ours[key] == pytest.approx(expected[key]) and 0 < ours[key] < 1

@@ -1,67 +1,36 @@
-"""Another project uses the methods: README's example, and a longer one with self-training and weights."""
+"""Another project uses the methods: README's example, then self-training and weights on its images."""
 
+import itertools
 import re
 
-import pytest
 import torch
-import torchvision
 
 import actgen
 import common
 import diagen
 import dreamda
-from digits import judge, world
+from digits import world
 from runs import in_this_process
 
 
-def share_read(images, digits_shown) -> float:
-    """The share of images in which the oracle reads the digit."""
-    pictures, to_tensor = [*map(common.to_pil, images)], common.make_transforms(32)[1]
-    _, read = judge.read(common.Images(pictures, digits_shown, to_tensor), common.make_accelerator())
-    return (read == torch.as_tensor(digits_shown)).float().mean().item()
-
-
-def test_readmes_example_runs_on_a_runs_classifier_and_each_method_draws_digits(quick, tmp_path, monkeypatch):
+def test_readmes_example_draws_digits_for_self_training_and_weights(pipe, tmp_path, monkeypatch):
+    """With the generator that knows its digits, and real images in its style."""
+    monkeypatch.setattr(common, "load_pipeline", lambda *_, **__: pipe)
+    monkeypatch.setattr(world, "STYLE", 0.0)
     readme = (common.ROOT / "README.md").read_text(encoding="utf-8")
     (code,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
     monkeypatch.chdir(tmp_path)
     run = in_this_process(actgen, "--real_only", epochs=2, examples_per_class=5, eval_every=2)
     assert run[0] == 0, run
     exec(compile(code, "README.md", "exec"), names := {})
+    x, y, oracle = names["x"], names["y"], common.load_oracle()
     for images in (names["guided"], names["varied"], names["edited"]):
         assert images.shape == (20, 3, 32, 32) and 0 <= images.min() and images.max() <= 1
-        assert share_read(images, names["y"].tolist()) >= 0.7
+        assert (oracle(images)[:, :10].argmax(1) == y).float().mean() >= 0.8
     with torch.no_grad():
-        assert names["classifier"](names["x"]).shape == (20, len(names["names"]))
-
-
-@pytest.fixture
-def folder(digits, tmp_path):
-    """Two images of each of ten classes, as class folders."""
-    for i in range(0, 200, 10):
-        path = tmp_path / "mydata" / world.NAMES[digits.train.labels[i]] / f"{i}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        digits.train.sources[i].save(path)
-    return tmp_path / "mydata"
-
-
-def test_self_training_and_weights_work_on_images_of_all_three_methods(folder):
-    pipe = common.load_pipeline(common.DIGITS_CLEAN)  # or any Stable Diffusion, by model id or folder
-    real = torchvision.datasets.ImageFolder(folder, common.make_transforms(common.resolution(pipe))[1])
-    x, y, names = torch.stack([image for image, _ in real]), torch.tensor(real.targets), real.classes
-    prompts = [f"a photo of a {names[label]}" for label in y]
-    generators = [common.generator(0, i) for i in range(len(y))]
-    args = dreamda.METHOD.arguments(guidance_scale=4.0, steps=25)
-    classifier = common.build_classifier(args, names)  # small_cnn, pretrained
-
-    # an image by each method for every real one, all [N, 3, H, W] in [0, 1]
-    options = common.options(actgen.generate, actgen.METHOD.arguments(guidance_scale=4.0, steps=25))
-    guided, *_ = actgen.generate(pipe, x, y, names, **options | {"generators": generators})
-    inverted = dreamda.invert(pipe, x, generators, **common.options(dreamda.invert, args))
-    sources, options = torch.arange(len(y)), common.options(dreamda.vary, args)
-    varied = common.decode(pipe, dreamda.vary(pipe, inverted, sources, prompts, generators, **options))
-    edited = diagen.img2img(pipe, common.encode(pipe, x), prompts, generators, steps=25, guidance_scale=4)
-    u, seed = torch.cat([guided, varied, edited]), y.repeat(3)
+        assert names["classifier"](x).shape == (20, len(names["names"]))
+    u, seed = torch.cat([names["guided"], names["varied"], names["edited"]]), y.repeat(3)
+    classifier = common.build_classifier(dreamda.METHOD.arguments(pretrained=True), names["names"])
 
     # asymmetric multi-head self-training on them
     net = dreamda.MultiHead(classifier, heads=4)
@@ -85,14 +54,10 @@ def test_self_training_and_weights_work_on_images_of_all_three_methods(folder):
         q = net.eval()(u)[:, 0].softmax(1)[torch.arange(len(u)), seed]
     weights = diagen.weights_of(q.view(3, -1).T)  # [N, 3]
 
-    assert names == sorted(world.NAMES) and u.shape == (60, 3, 32, 32)
-    shown = [world.NAMES.index(names[label]) for label in seed]
-    for k, other in ((0, 1), (1, 2), (2, 0)):
-        assert share_read(u[20 * k : 20 * k + 20], shown[20 * k : 20 * k + 20]) >= 0.7
-        one, two = u.reshape(3, 20, -1)[[k, other]]
+    for one, two in itertools.combinations(u.reshape(3, 20, -1), 2):
         assert (one - two).abs().mean(1).min() > 0.01
     assert weights.shape == (20, 3) and torch.allclose(weights.sum(1), torch.ones(20))
-    assert labelled.float().mean() > 0.3 and (targets == seed)[labelled].float().mean() > 0.9
+    assert labelled.float().mean() > 0.4 and (targets == seed)[labelled].float().mean() > 0.9
     with torch.no_grad():
         right = net.eval()(torch.cat([x, u]))[:, 0].argmax(1) == torch.cat([y, seed])
-    assert right[:20].float().mean() > 0.9 and right[20:].float().mean() > 0.5
+    assert right[:20].float().mean() > 0.9 and right[20:].float().mean() > 0.7

@@ -54,14 +54,12 @@ def draw_columns(pipe, images: torch.Tensor, labels: torch.Tensor, classifier) -
     columns["DreamDA"] = [x, inside.decoded(pipe, inverted.start), inside.decoded(pipe, z)]
 
     x, args, steps = images[of[7][:3]], diagen.METHOD.arguments(), inside.Steps()
-    start = diagen.initial_embeddings(pipe, ["seven"], args.initializer)
-    learning = dict(flip=False, templates=[args.prompt])
-    learning |= {"steps": args.inversion_steps, "lr": args.inversion_lr}
-    S = diagen.textual_inversion(pipe, x, torch.zeros(3, dtype=torch.long), ["<S>"], start, **learning)
-    S = diagen.noisy_embeddings(S, [0.0, args.sigmas[2]], generators(35, 1), relative=True)[0]
+    start = diagen.initial_embedding(pipe, "seven", args.initializer)
+    S = diagen.textual_inversion(pipe, x, "<S>", start, **diagen.inversion_options(args))
+    S = diagen.noisy_embeddings(S[None], [0.0, args.sigmas[2]], generators(35, 1), relative=True)[0]
     diagen.place_tokens(pipe, ["<S|0>", "<S|1>"], S)
     prompts = ["<S|1>", "white <S|0> on a temple background", "blue <S|0>"]
-    prompts = [common.fill(args.prompt, prompt) for prompt in prompts]
+    prompts = [args.prompt.replace("{}", prompt) for prompt in prompts]
     options = common.options(diagen.img2img, args) | {"strength": 0.7, "on_step": steps.add}
     with torch.no_grad():
         z = common.encode(pipe, x)

@@ -26,6 +26,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from torchvision.transforms.v2.functional import to_pil_image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -73,7 +74,7 @@ class Sweep:
     @torch.no_grad()
     def report(self, cells: list, drawn: list[torch.Tensor]) -> dict[str, float]:
         """Prints a row for several variations [N, 3, 32, 32] of every image, and returns its numbers."""
-        pictures = [common.to_pil(image) for image in torch.cat(drawn)]
+        pictures = [to_pil_image((255 * image.cpu()).round().byte()) for image in torch.cat(drawn)]
         images = common.Images(pictures, self.labels * len(drawn), self.transform)
         features, digits = judge.read(images, self.accelerator)
         distances = judge.distribution_distances(self.real, features)
@@ -92,7 +93,7 @@ def sweep_noise() -> None:
     """DreamDA: two variations of each image for every place and scale of the noise."""
     sweep = Sweep(dreamda, examples_per_class=20)
     args, pipe = sweep.args, sweep.pipe
-    prompts = [common.fill(args.prompt, sweep.names[y]) for y in sweep.labels]
+    prompts = [args.prompt.replace("{}", sweep.names[y]) for y in sweep.labels]
 
     def invert(key: int, inversion: str = "cycle", start: int | None = None):
         """Inverts every image; another key gives other random draws. start: a key for z_T alone."""
@@ -140,15 +141,16 @@ def sweep_sigma(seed: int = 100) -> None:
     def draw(rows: torch.Tensor, m: int) -> torch.Tensor:
         """The m-th variation of every image, by these embeddings."""
         diagen.place_tokens(pipe, tokens, rows)
-        prompts = [common.fill(args.prompt, tokens[y]) for y in labels]
+        prompts = [args.prompt.replace("{}", tokens[y]) for y in labels]
         options = dict(steps=args.steps, strength=args.strength[0], guidance_scale=args.guidance_scale)
         generators = [common.generator(seed, i, m) for i in range(len(labels))]
         return diagen.img2img(pipe, sweep.latents, prompts, generators, **options).cpu()
 
-    start = diagen.initial_embeddings(pipe, sweep.names, args.initializer)
-    options = dict(steps=args.inversion_steps, lr=args.inversion_lr, batch_size=args.inversion_batch_size)
-    options |= dict(flip=False, templates=[args.prompt], seed=seed)
-    rows = diagen.textual_inversion(pipe, sweep.images, labels, tokens, start, **options)
+    rows, options = [], diagen.inversion_options(args)
+    for y, (name, token) in enumerate(zip(sweep.names, tokens, strict=True)):
+        start, own = diagen.initial_embedding(pipe, name, args.initializer), sweep.images[labels == y]
+        rows.append(diagen.textual_inversion(pipe, own, token, start, seed=(seed, y), **options))
+    rows = torch.stack(rows)
     show_row(["sigma", *COLUMNS], header=True)
     some = slice(1, None, 7)
     grid = [sweep.images[some]]
