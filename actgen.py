@@ -8,18 +8,18 @@ hard for the present classifier (adversarial loss). Both losses act by gradient 
     python actgen.py                                        handwritten digits, a few minutes on a laptop
     python actgen.py --dataset cifar10                      the paper's experiment, 5 hours of one A100
     python actgen.py --dataset folder --data_dir mydata     your own images, in mydata/train/CLASS/*
-    python actgen.py --dataset eurosat --examples_per_class 16     few-shot, CLIP classifier
+    python actgen.py --dataset eurosat                      few-shot, CLIP classifier
     python actgen.py --ladder --seeds 5                     the paper's ablation, one rung after the other
     accelerate launch actgen.py --dataset imagenet          several GPUs; --classifier resnet152, ...
 
 Paper to code:
     4.1 misclassified images, curriculum                   plan_epoch, curriculum
-        memory bank, half-time merge                       Variants, train
+        memory bank, half-time merge                       Variants, loss_of; train
         few-shot: confidence to guidance                   confidence_to_centre
-        control: real images for as many steps             equal_epochs
+        control: real images, as many in all               equal_epochs
     4.2 the mask m_t                                       ClassAttention
         attentive image guidance                           generate, equations (1), (4) to (6)
-    4.3 L_contra, L_adv, and L (2)                         contrastive_loss, adversarial_loss, generate
+    4.3 L_contra, L_adv, and L (2)                         contrastive_loss, adversarial_loss, loss_of
         the step on the text embedding c (3)               gradient_step
 """
 
@@ -44,7 +44,7 @@ from common import number, require
 
 @dataclass
 class Args(common.RunArgs):
-    """ActGen's own arguments. Where the default is None, the data set's recipe gives the value."""
+    """ActGen's own arguments. The data set's recipe replaces these defaults; see --dataset NAME --help."""
 
     random_generation: bool = HfArg(default=False, help="plain text-to-image of random classes, no guides")
     epochs: int | None = number("[2, 1e6]", "training epochs; images are drawn in the first half")
@@ -155,7 +155,7 @@ class ClassAttention:
     """Sums the cross-attention maps of each image's class tokens; a context manager.
 
     It replaces the attention processors of some layers. While `listening` is true it keeps one map per image,
-    summed over heads, class tokens and layers. Every layer's output stays what fused attention gives.
+    summed over heads, class tokens, layers and steps. Every layer's output is that of fused attention.
     token_weights: [B, L], 1/k at the k class tokens of each image's prompt, else 0
     """
 
@@ -255,7 +255,7 @@ def predict_x0(scheduler, output, x, alpha):
     """Equation (1) from the U-Net's output, which is eps or v; alpha: diffusers' alphas_cumprod at t."""
     if scheduler.config.prediction_type == "v_prediction":
         return alpha**0.5 * x - (1 - alpha) ** 0.5 * output
-    return (x - (1 - alpha) ** 0.5 * output) / alpha**0.5
+    return (x - (1 - alpha) ** 0.5 * output) / alpha**0.5  # (1)
 
 
 def ddpm_step(scheduler, x0, x, t, previous, xi):
@@ -332,7 +332,7 @@ def generate(
     weights, hard = (contrastive_weight, adversarial_weight), adversarial.tolist()
     loss = loss_of(pipe, y, guided, bank or {}, hard, classifier, image_size, rho, weights, own)
     centre = torch.as_tensor(guidance_centre, dtype=torch.float32).expand(B)
-    gamma = (1 - torch.sigmoid(torch.arange(steps)[:, None] - centre)) * guided
+    gamma = (1 - torch.sigmoid(torch.arange(steps)[:, None] - centre)) * guided  # gamma_i of (6)
     mixing, gamma = (gamma > 1e-4).any(1).tolist(), gamma.to(device)  # [steps], [steps, B]
     with torch.no_grad():
         x = randn_tensor(shape, generators, device) * scheduler.init_noise_sigma
@@ -343,7 +343,7 @@ def generate(
         for i, (t, previous) in enumerate(itertools.pairwise([*scheduler.timesteps, None])):
             steep = i < gradient_steps and nu > 0 and loss is not None
             gradient = torch.zeros_like(c)
-            with torch.no_grad():  # without a graph both prompts go in one call, as in the stock pipeline
+            with torch.no_grad():  # without a gradient both prompts go in one call, as in the stock pipeline
                 attention.listening, texts = mixing[i] and not steep, [empty] if steep else [empty, c]
                 rows, text = x.to(dtype).repeat(len(texts), 1, 1, 1), torch.cat(texts).to(dtype)
                 out_empty, *out_text = pipe.unet(rows, t, text).sample.float().split(B)
@@ -480,7 +480,7 @@ def train(args: Args, run: common.Run, data: common.Data, pipe, title: str, epoc
 
 
 def equal_epochs(args: Args, real: int) -> int:
-    """The epochs on `real` images in which as many images are seen as in args.epochs of ActGen."""
+    """How many epochs on `real` images show as many images as args.epochs of ActGen."""
     half, held_out = args.epochs // 2, 0 if args.few_shot else args.genval_share * real
     synthetic = args.images_per_epoch * (half * (half - 1) / 2 + half * (args.epochs - half))
     return round((real * args.epochs - held_out * half + synthetic) / real)

@@ -109,7 +109,7 @@ def load_pipeline(model_id: str, device="cpu", dtype=None, checkpointing: bool =
         fits, f"'{model_id}' is not a text-to-image Stable Diffusion 1 or 2, as SDXL, inpainting or an LCM"
     )
     pipe.to(device).set_progress_bar_config(disable=True)
-    pipe.scheduler = DDPMScheduler.from_config(pipe.scheduler.config, clip_sample=False)  # as in ddim()
+    pipe.scheduler = DDPMScheduler.from_config(pipe.scheduler.config, clip_sample=False)  # never clip latents
     for part in (pipe.unet, pipe.vae, pipe.text_encoder):
         part.eval().requires_grad_(False).to(memory_format=torch.channels_last)
         if checkpointing and part is not pipe.text_encoder:
@@ -170,7 +170,7 @@ def options(function: Callable, args) -> dict:
 class Classifier(nn.Module):
     """A backbone f and a linear head: images [B, 3, H, W] in [0, 1] -> logits [B, K].
 
-    backbone: images normalised by mean and std [3] -> f(x) [B, d]; frozen: its batch norm does not move
+    backbone: images normalised by mean and std [3] -> f(x) [B, d]; frozen: f stays in evaluation mode
     """
 
     def __init__(self, backbone: nn.Module, head: nn.Linear, mean=(0.5,) * 3, std=(0.5,) * 3):
@@ -308,7 +308,7 @@ def shuffled(n: int, samples: int, *key: int) -> torch.Tensor:
 def load(images, batch_size: int, accelerator, workers: int = 0, order=None, seed=(), drop_last=False):
     """Batches of images x, labels y and indices i on the device, each batch split over the processes.
 
-    order: the indices of the images, by default all; drop_last: if it is not full and not the only batch
+    order: the indices of the images, by default all; drop_last: a last batch that is not full
     seed: integers. An image's augmentation depends on them and on its place in the order, on nothing else.
     """
     place = accelerator.device, accelerator.num_processes, accelerator.process_index
@@ -427,7 +427,7 @@ class Data:
     """The splits of a data set, None where it has no such split.
 
     folders: the data set's own names of the classes; class_names: in English, for prompts
-    unlabelled: training images whose labels no method may use; stl10's, or what a few-shot draw left
+    unlabelled: images that no method trains on with their labels: stl10's, or what a few-shot draw left
     truth: images, accelerator -> the classes [N] that they really show; known for digits alone
     """
 
@@ -617,7 +617,7 @@ def unreadable(files: list[Path]) -> dict[Path, str]:
 
 def _data(folders: list, splits: dict[str, list[tuple]], where) -> Data:
     """The splits, each of (source, folder) pairs."""
-    require(len(folders) > 1, f"{where} has {len(folders)} class folders; a classifier needs two or more")
+    require(len(folders) > 1, f"{where} has {len(folders)} classes; a classifier needs two or more")
     index, images = {name: i for i, name in enumerate(folders)}, {}
     for split, pairs in splits.items():
         strange = [name for _, name in pairs if name not in index][:1]
@@ -900,7 +900,7 @@ def read_file(path: Path, default=None):
 
 
 def load_classifier(folder: str, title: str) -> tuple[Classifier, list[str]]:
-    """A trained classifier of a run, and its class names: images [B, 3, S, S] in [0, 1] -> logits [B, K].
+    """A run's trained classifier, images [B, 3, S, S] in [0, 1] -> logits [B, K], and its class names.
 
     title: as the run prints it, such as "ActGen"; S is the run's --image_size. Of DreamDA's heads it has the
     main one; DIAGen's is that of its best epoch.
@@ -980,7 +980,7 @@ def number(interval: str, help: str, default=None, **options):
 
 @dataclass
 class RunArgs:
-    """The arguments of every method. Where the default is None, the data set's recipe gives the value."""
+    """The arguments of every method. The data set's recipe replaces these defaults."""
 
     dataset: str = HfArg(default="digits", help=", ".join(DATASETS))
     data_dir: str = HfArg(default="data", help="folder of the data set; hf: its id, OWNER/NAME")
@@ -1009,7 +1009,7 @@ class RunArgs:
     frozen: bool = HfArg(default=False, help="train only the classifier's last linear layer")
     clip: str = HfArg(default="openai/clip-vit-base-patch32", help="CLIP model, where CLIP is used")
     image_size: int = number("[8, 1024]", "side of the classifier's images in pixels", 224)
-    augment: str = HfArg(default="resized", help="see common.make_transforms; also with +randaugment")
+    augment: str = HfArg(default="resized", help="crop, resized, squeezed, zoomed, none (+randaugment)")
     epochs: int | None = number("[1, 1e6]", "training epochs")
     batch_size: int | None = number("[2, 1e6]", "real images in a training batch, over all GPUs")
     optimizer: Literal["sgd", "adam", "adamw"] = HfArg(default="sgd", help="optimizer")

@@ -22,10 +22,10 @@ Paper to code:
         variations of the real images             img2img, equations (3) to (5)
         their strength t_0                        common.ddim
     3.3 the confidence filter                     train_filter
-        its temperature                           fit_temperature, equation (6)
+        its temperature                           fit_temperature, equation (6); judge: its calibration error
         confidence q                              confidences, equation (7)
         weight w(q)                               weights_of, equation (8)
-        training on real and synthetic images     draw_weights, train
+        training on real and synthetic images     draw_weights; train, its best epoch: Best
 """
 
 import contextlib
@@ -61,7 +61,7 @@ METHODS = {"diagen": "DIAGen", "da_fusion": "DA-Fusion", "real_guidance": "Real 
 
 @dataclass
 class Args(common.RunArgs):
-    """DIAGen's own arguments. Where the default is None, the data set's recipe gives the value."""
+    """DIAGen's own arguments. The data set's recipe replaces these defaults; see --dataset NAME --help."""
 
     method: Literal[*METHODS] = HfArg(default="diagen", help="the baselines are DIAGen without its parts")
     inversion_steps: int = number("[1, 1e6]", "training steps of Textual Inversion", 1000)
@@ -248,8 +248,8 @@ def write_prompt(rng: np.random.Generator, words: dict[str, list[str]] = WORDS) 
 def template_of(prompt: str, name: str) -> str:
     """The prompt with {} in the place of the class name, or "" if the name is not there exactly once.
 
-    {name} or {} stands for the name, which is a whole word in any case ("car" is not in "carrot"), but not in
-    scripts without spaces.
+    The name is written {name}, {} or as itself, in upper or lower case and as a whole word ("car" is not in
+    "carrot"; scripts without spaces have no words).
     """
     prompt, word = prompt.replace("{name}", "{}"), re.escape(name)
     if not re.search("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u9fff\uac00-\ud7af]", name):
@@ -396,7 +396,7 @@ class Best(dict):
 def fit_temperature(logits: torch.Tensor, labels: torch.Tensor) -> float:
     """The temperature that calibrates a classifier on logits [N, K] and labels [N] (Guo et al. 2017).
 
-    (6)  T = argmin_T NLL(softmax(logits / T), labels)      log T between -5 and 5
+    (6)  T = argmin_T NLL(softmax(logits / T), labels)      choice: by a search on log T from -5 to 5
     """
 
     def nll(log_t: float) -> float:

@@ -19,7 +19,7 @@ Paper to code:
     perturbed reverse process                  vary, equations (5) and (6); Perturbation
     AMST: heads, their augmentations           MultiHead, HEAD_AUGMENTATIONS, head_views
         L_aux, L_orth, L                       self_training_loss (7) and (11), orthogonality_loss (8)
-        pseudo-labels, others; L_cons          agreement (9), synthetic_targets; consistency_loss (10)
+        pseudo-labels, others; L_cons          agreement (9), make_pool; consistency_loss (10)
         burn-in, training                      train
     baseline of as many steps and images       load_batches without a pool: "standard augmentation"
 """
@@ -48,7 +48,7 @@ LABELS |= {"seed_heads": "seed labels, AMST's heads"}
 
 @dataclass
 class Args(common.RunArgs):
-    """DreamDA's own arguments. Where the default is None, the data set's recipe gives the value."""
+    """DreamDA's own arguments. The data set's recipe replaces these defaults; see --dataset NAME --help."""
 
     inversion: Literal["cycle", "ddim", "none"] = HfArg(default="cycle", help="none: img2img, fresh noise")
     paths: int = number("[0, 10000]", "paths of an image, used in turn; 0: one per variation", 0)
@@ -200,7 +200,9 @@ def invert(
             noise.append(sigma * xi)
             continue
         eps = (z - alpha**0.5 * z0) / (1 - alpha) ** 0.5  # z_0 is known, so the noise in z_t is
-        after = ddim_mean(z, eps, alpha, previous, sigma) + sigma * xi if i + 1 < len(s.t) else z0  # (2)
+        after = (
+            ddim_mean(z, eps, alpha, previous, sigma) + sigma * xi if i + 1 < len(s.t) else z0
+        )  # (2); the last is z_0 itself
         eps = predict_eps(pipe, z, t, alpha, text, scale)
         noise.append(after - ddim_mean(z, eps, alpha, previous, sigma))  # (3)
         z = after
@@ -225,7 +227,7 @@ class Perturbation:
     where: "bottleneck" (the mid block's output), "mid_input" (its input), "down" or "up" (the outputs of all
         such blocks), "latents" (the U-Net's input) or "none"; scale: s
     generators: one CPU generator per image; the U-Net's rows are the images once or, with guidance, twice
-    relative: s counts standard deviations of an image's features (with guidance, of its prompted row's)
+    relative: s is in standard deviations of the image's own features (with guidance, its prompted row's)
     calls, norms: how often noise was added, and the last ||h|| and ||s n_t|| [B] (of the prompted rows)
     """
 
@@ -526,15 +528,15 @@ def load_batches(args: Args, accelerator, data: common.Data, pool, heads: int, s
 def train(args: Args, run: common.Run, data: common.Data, pool, given: dict, labels: str, steps: int):
     """Trains on real images and the pool's, if any: scores, and predict_targets of the pool at the end."""
     accelerator, heads = run.accelerator, args.heads if labels in ("amst", "seed_heads") else 0
-    # choice: the auxiliary heads, which are new, have a rate of their own. Beside a pretrained backbone slow
-    # ones stay alike, and AMST gains less.
+    # choice: the auxiliary heads may have a rate of their own. Beside a pretrained backbone slow ones stay
+    # alike, and AMST gains less.
     parts = dict(rates=lambda net: {net.head: args.head_lr, net.auxiliary: args.auxiliary_lr})
     parts |= dict(wrap=partial(MultiHead, heads=heads))
     net, model, optimizer = common.new_classifier(args, accelerator, data.class_names, **parts)
     weights = dict(w_a=args.auxiliary_weight, w_o=args.orthogonality_weight, smoothing=args.label_smoothing)
     weights |= dict(w_c=args.consistency_weight if labels == "amst" else 0.0)
-    # choice: labels are no better than the classifier that gives them, so one that was not pretrained learns
-    # from real images alone first, in steps of the same size
+    # choice: labels are no better than the classifier that gives them, so it learns from real images alone
+    # first, in steps of the same size; a pretrained one may do without (--burn_in 0)
     burn_in = int(args.burn_in * args.epochs) if pool and labels not in given else 0
 
     for epoch in run.epochs(LABELS[labels], args.epochs, model=net, optimizer=optimizer):

@@ -85,7 +85,7 @@ def test_a_folder_with_val_and_test_ood_is_read(tmp_path):
 TWO = ["train/cat", "train/dog"]
 FAULTS = [  # class folders, other files, words of the error
     (["test/cat", "test/dog"], {}, "/train is missing; .*/train/CLASS"),
-    (["cat"], {}, "1 class folders; a classifier needs two"),
+    (["cat"], {}, "has 1 classes; a classifier needs two"),
     ([*TWO, "val/cat", "val/owl"], {}, "val of .* has a class 'owl' that train does not"),
     (["cat", "dog"], {"owl/IMG_1.heic": b""}, "owl has no images, but 1 other files"),
     (["0", "1"], {"classes.txt": "0,cat".encode("utf-16")}, "cannot read .*classes.txt.*UTF-8"),

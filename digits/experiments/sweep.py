@@ -134,7 +134,7 @@ def sweep_noise() -> None:
 
 def sweep_sigma(seed: int = 100) -> None:
     """DIAGen: five variations of each image for every sigma."""
-    sweep = Sweep(diagen, seed=seed)
+    sweep = Sweep(diagen, seed=seed, examples_per_class=8)
     args, pipe, labels = sweep.args, sweep.pipe, torch.tensor(sweep.labels)
     tokens = [f"<{name}>" for name in sweep.names]
 
