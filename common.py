@@ -548,7 +548,7 @@ def name_classes(folders: list[str], file: Path | None) -> list[str]:
 
 # what the methods' recipes for digits share; chosen for standard augmentation alone, see digits/RESULTS.md
 DIGITS = dict(diffusion=DIGITS_SD, classifier="small_cnn", image_size=32, augment="digits", workers=0)
-DIGITS |= dict(examples_per_class=24, batch_size=16, optimizer="adamw", lr=0.01, weight_decay=0.05)
+DIGITS |= dict(examples_per_class=32, batch_size=24, optimizer="adamw", lr=0.01, weight_decay=0.05)
 TORCHVISION = dict(cifar10="CIFAR10", cifar100="CIFAR100", stl10="STL10", caltech101="Caltech101")
 TORCHVISION |= dict(pets="OxfordIIITPet", cars="StanfordCars", eurosat="EuroSAT", flowers102="Flowers102")
 TORCHVISION |= dict(food101="Food101", fgvc_aircraft="FGVCAircraft", dtd="DTD", country211="Country211")

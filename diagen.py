@@ -92,12 +92,11 @@ SD14 |= dict(pretrained=True, image_size=256, augment="zoomed", epochs=50, batch
 SD14 |= dict(frozen=True, optimizer="adam", lr=1e-4, weight_decay=0.0)
 DIGITS = common.DIGITS | dict(steps=15, guidance_scale=7.5, generation_batch_size=40)
 # choice: small latents settle later than those of 64x64, for which t_0 is 0.7
-DIGITS |= dict(strength=[0.5], variations=2, inversion_steps=100, inversion_lr=0.02)
-# choice: the generator knows the digits' names, but the learner is not told them: the method is for classes
-# that have to be learned from images. (Real Guidance is told them, by its prompts.) The sigmas are the
-# paper's in units of the root mean square of Stable Diffusion 1.4's embeddings.
+DIGITS |= dict(strength=[0.5], examples_per_class=16, variations=3, inversion_steps=100, inversion_lr=0.02)
+# choice: the learner is not told the digits' names (Real Guidance is): the method is for classes that must be
+# learned from images. The sigmas are the paper's, in units of the root mean square of SD 1.4's embeddings.
 DIGITS |= dict(initializer="background", sigmas=[0.0, 0.33, 0.67, 1.67], relative_sigma=True)
-DIGITS |= dict(pretrained=False, frozen=False, epochs=15, iterations=100)
+DIGITS |= dict(pretrained=False, frozen=False, epochs=16, iterations=75, filter_epochs=20)
 PLAIN = dict(sigmas=[0.0], prompts="none", weighting=False)  # DIAGen without its three parts
 RECIPES = {"*": SD14, "coco": dict(augment="squeezed"), "digits": DIGITS}
 RECIPES |= {"da_fusion": PLAIN, "real_guidance": PLAIN}

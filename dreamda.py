@@ -86,8 +86,12 @@ CIFAR = dict(image_size=32, augment="crop", variations=1)
 DIGITS = common.DIGITS | dict(steps=15, guidance_scale=4.0, generation_batch_size=40)
 # with less noise, all variations show their source's colour and setting
 DIGITS |= dict(noise_scale=12.0, relative_noise=True, variations=4, paths=1)
-# the shared number of images in a step, half of them synthetic
-DIGITS |= dict(batch_size=8, synthetic_ratio=1.0, epochs=13, warmup=0.0, eval_every=13)
+# choice: the paper's semi-supervised task, pretrained: from few images alone the heads know less than the
+# generator. The last layers, which are new, learn faster.
+DIGITS |= dict(
+    examples_per_class=8, unlabelled=1000, pretrained=True, lr=1e-3, head_lr=16.0, auxiliary_lr=32.0
+)
+DIGITS |= dict(batch_size=8, epochs=15, eval_every=15, burn_in=0.0, threshold=0.3)
 RECIPES = {"*": SD15, "digits": DIGITS, "pets": PETS, "cifar10": CIFAR, "cifar100": CIFAR}
 RECIPES |= {"stl10": dict(image_size=96, augment="crop"), "imagenet": dict(variations=1, batch_size=256)}
 
@@ -325,8 +329,8 @@ HEAD_AUGMENTATIONS = {
     "blur": v2.RandomChoice([v2.GaussianBlur(3, (0.3, 1.0)), v2.RandomAdjustSharpness(2, p=1.0)]),
     "erase": v2.RandomErasing(0.5, (0.02, 0.12), (0.5, 2.0)),
 }
-# choice: strong(u) is moved, coloured and erased together, after the augmentation of real images
-STRONG = v2.Compose([HEAD_AUGMENTATIONS[name] for name in ("geometry", "colour", "erase")])
+# choice: strong(u) is moved, coloured or erased, after the augmentation of real images
+STRONG = v2.RandomChoice([HEAD_AUGMENTATIONS[name] for name in ("geometry", "colour", "erase")])
 
 
 def head_views(x: torch.Tensor, heads: int) -> tuple[torch.Tensor, int]:

@@ -299,7 +299,7 @@ def test_every_method_trains_for_as_many_steps_on_as_many_images(k, tmp_path, mo
             steps = args.epochs * args.iterations
         else:
             steps, size = args.epochs * (made // dreamda.pool_batch(args)), size + dreamda.pool_batch(args)
-        assert size == 16 and made == pytest.approx(960, rel=0.05) and steps == pytest.approx(1500, rel=0.1)
+        assert size == 24 and made == pytest.approx(960, rel=0.05) and steps == pytest.approx(1200, rel=0.1)
     keys = "diffusion style seed examples_per_class classifier pretrained optimizer lr weight_decay".split()
     assert len({tuple(getattr(args, key) for key in keys) for args in runs.values()}) == 1
     assert (args.diffusion, args.style, args.examples_per_class) == (common.DIGITS_SD, 0.3, k)

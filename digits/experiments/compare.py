@@ -4,13 +4,13 @@
     python digits/experiments/compare.py --per_class 16 --seeds 1    half an hour of one core
     python digits/experiments/compare.py --per_class 16 --cells 0/0 0/0.65 0.45/0 0.45/0.65     when it pays
 
-Every classifier is trained by the recipe of digits for about STEPS steps of 16 images. A method draws about
+Every classifier is trained by the recipe of digits for about STEPS steps of 24 images. A method draws about
 IMAGES images. A cell CONFUSION/STYLE is a world: the share of captions in which the generator
 learned a look-alike's name, and how far the target differs from the generator's images. A generator that does
 not exist yet is trained by pretrain.py, in 20 to 40 minutes of one core.
 
 Real Guidance, DA-Fusion, random text-to-image and DreamDA by its sources' labels differ in images alone: a
-step takes 8 real and 8 synthetic images, or 16 real ones. ActGen and DIAGen train as their papers say.
+step takes 8 real and 16 synthetic images, or 24 real ones. ActGen and DIAGen train as their papers say.
 DA-Fusion and DIAGen share their learned tokens.
 
 What stands in results.json in --out is not run again. The same command, started twice, shares the work: a
@@ -37,10 +37,12 @@ import diagen  # noqa: E402
 import dreamda  # noqa: E402
 from digits import judge, pretrain  # noqa: E402
 
-STEPS, REAL, SYNTHETIC = 1500, 8, 8  # training steps; real and synthetic images of a batch
+STEPS, REAL, SYNTHETIC = 1200, 8, 16  # training steps; real and synthetic images of a batch
 IMAGES = 960  # synthetic images of all classes together
 BASE = "standard augmentation"  # gains are differences to its accuracy, seed by seed
-SHARED = dict(dataset="digits", baseline=False, eval_every=10_000)
+SHARED = common.DIGITS | dict(
+    dataset="digits", pretrained=False, head_lr=1.0, baseline=False, eval_every=10_000
+)
 MADE = {0.0: common.DIGITS_CLEAN, pretrain.CONFUSION: common.DIGITS_SD}  # generators by their confusion
 
 
@@ -79,7 +81,8 @@ class Comparison:
         self.draw = SHARED | dict(seed=seed, examples_per_class=k, style=style)
         self.draw["diffusion"] = generator_of(confusion, out.parent)
         epochs = max(1, round(STEPS * SYNTHETIC / (10 * k * self.M)))
-        self.plain = self.draw | dict(variations=self.M, epochs=epochs)
+        self.plain = self.draw | dict(variations=self.M, epochs=epochs, batch_size=REAL, unlabelled=0)
+        self.plain |= dict(synthetic_ratio=SYNTHETIC / REAL, auxiliary_lr=1.0, burn_in=0.5, threshold=0.5)
 
     def run(self, script, folder: str, **arguments) -> dict:
         """The scores of the last classifier of a script's run. A finished run is read, not repeated."""
