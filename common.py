@@ -42,7 +42,6 @@ from safetensors.torch import load_file
 from scipy import stats
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
-from torchvision.io import encode_png
 from torchvision.transforms import v2
 from tqdm.auto import tqdm
 from transformers import CLIPModel, CLIPTokenizer
@@ -875,7 +874,8 @@ def write_file(path: Path, value) -> None:
     if path.suffix == ".pt":
         torch.save(value, buffer)
     elif path.suffix == ".png":  # a higher level of compression takes ten times as long
-        buffer.write(encode_png((value.detach().float().cpu() * 255).round().byte(), 1).numpy())
+        image = v2.functional.to_pil_image((value.detach().float().cpu() * 255).round().byte())
+        image.save(buffer, format="PNG", compress_level=1)
     else:
         value = "".join(f"{json.dumps(line)}\n" for line in value) if path.suffix == ".jsonl" else value
         buffer.write((json.dumps(value, indent=1) if path.suffix == ".json" else value).encode())

@@ -92,11 +92,11 @@ SD14 |= dict(pretrained=True, image_size=256, augment="zoomed", epochs=50, batch
 SD14 |= dict(frozen=True, optimizer="adam", lr=1e-4, weight_decay=0.0)
 DIGITS = common.DIGITS | dict(steps=15, guidance_scale=7.5, generation_batch_size=40)
 # choice: small latents settle later than those of 64x64, for which t_0 is 0.7
-DIGITS |= dict(strength=[0.5], examples_per_class=16, variations=3, inversion_steps=100, inversion_lr=0.02)
+DIGITS |= dict(strength=[0.5], examples_per_class=24, variations=2, inversion_steps=100, inversion_lr=0.02)
 # choice: the learner is not told the digits' names (Real Guidance is): the method is for classes that must be
 # learned from images. The sigmas are the paper's, in units of the root mean square of SD 1.4's embeddings.
 DIGITS |= dict(initializer="background", sigmas=[0.0, 0.33, 0.67, 1.67], relative_sigma=True)
-DIGITS |= dict(pretrained=False, frozen=False, epochs=16, iterations=75, filter_epochs=20)
+DIGITS |= dict(pretrained=False, frozen=False, epochs=12, iterations=100, filter_epochs=10)
 PLAIN = dict(sigmas=[0.0], prompts="none", weighting=False)  # DIAGen without its three parts
 RECIPES = {"*": SD14, "coco": dict(augment="squeezed"), "digits": DIGITS}
 RECIPES |= {"da_fusion": PLAIN, "real_guidance": PLAIN}
@@ -541,7 +541,7 @@ def draw_variations(args: Args, run, pipe, data: common.Data, folder: Path) -> l
         rows = noisy_embeddings(rows, args.sigmas, generators, args.relative_sigma)
         # choice: every noisy embedding has a token of its own, named by its class and the index of its sigma:
         # no class draws from another one whose name contains its own
-        files, V = embedding_files(run.path, names), range(len(args.sigmas))
+        V, files = range(len(args.sigmas)), embedding_files(run.path, names)
         tokens = [[f"<{file.parent.name}|{v}>" for v in V] for file in files]
         place_tokens(pipe, sum(tokens, []), rows.flatten(0, 1))
     # prompts and noisy tokens take turns within a class

@@ -84,7 +84,6 @@ SD15 |= dict(generation_batch_size=10, epochs=100, batch_size=32, lr=0.01, warmu
 PETS = dict(prompt="a photo of a {}, a breed of cat or dog")
 CIFAR = dict(image_size=32, augment="crop", variations=1)
 DIGITS = common.DIGITS | dict(steps=15, guidance_scale=4.0, generation_batch_size=40)
-# with less noise, all variations show their source's colour and setting
 DIGITS |= dict(noise_scale=12.0, relative_noise=True, variations=4, paths=1)
 # choice: the paper's semi-supervised task, pretrained: from few images alone the heads know less than the
 # generator. The last layers, which are new, learn faster.
@@ -532,8 +531,9 @@ def load_batches(args: Args, accelerator, data: common.Data, pool, heads: int, s
 def train(args: Args, run: common.Run, data: common.Data, pool, given: dict, labels: str, steps: int):
     """Trains on real images and the pool's, if any: scores, and predict_targets of the pool at the end."""
     accelerator, heads = run.accelerator, args.heads if labels in ("amst", "seed_heads") else 0
-    # choice: the auxiliary heads may have a rate of their own. Beside a pretrained backbone slow ones stay
-    # alike, and AMST gains less.
+    if labels in given:  # without those, the last ones, that have no label
+        pool = pool.subset(torch.nonzero(given[labels] >= 0))
+    # choice: the auxiliary heads may have their own rate; beside a pretrained backbone slow ones stay alike
     parts = dict(rates=lambda net: {net.head: args.head_lr, net.auxiliary: args.auxiliary_lr})
     parts |= dict(wrap=partial(MultiHead, heads=heads))
     net, model, optimizer = common.new_classifier(args, accelerator, data.class_names, **parts)

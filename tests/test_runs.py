@@ -246,7 +246,7 @@ KILLS = {  # what the run was doing: script, the function whose n-th call ends t
     "training ActGen's baseline": (actgen, common, "train_epoch", 3),
     "asking the classifier": (actgen, actgen, "plan_epoch", 2),
     "drawing a second batch after the second epoch": (actgen, actgen, "generate", 4),
-    "writing images": (actgen, common, "encode_png", 8),
+    "writing images": (actgen, common.v2.functional, "to_pil_image", 8),
     "writing a checkpoint after drawing": (actgen, torch, "save", 12),
     "writing ActGen's result": (actgen, common.Run, "finish", 1),
     "drawing variations": (dreamda, dreamda, "vary", 3),
@@ -297,7 +297,12 @@ def test_data_that_changed_between_a_kill_and_going_on_is_refused(script, mine):
 
 def test_a_killed_run_goes_on_with_less_memory(tmp_path):
     """Another batch size of generation and other loading processes change no image but for rounding."""
-    assert in_child(lambda: (runs.die_at(common, "encode_png", 8), a_run(dreamda, tmp_path / "run"))) == 9
+    assert (
+        in_child(
+            lambda: (runs.die_at(common.v2.functional, "to_pil_image", 8), a_run(dreamda, tmp_path / "run"))
+        )
+        == 9
+    )
     same = DIGITS[dreamda] | dict(paths=2, unlabelled=4, out=tmp_path / "run")
     run_well(dreamda, "--gradient_checkpointing", **same | dict(generation_batch_size=2, workers=1))
     assert in_child(lambda: a_run(dreamda, tmp_path / "whole")) == 0
@@ -475,7 +480,7 @@ def test_several_processes_draw_what_one_does(script, striped, tmp_path):
         run_well(script, **arguments, out=out)
 
     run(one)
-    assert in_child(lambda: (runs.die_at(common, "encode_png", 3), run(two))) == 9
+    assert in_child(lambda: (runs.die_at(common.v2.functional, "to_pil_image", 3), run(two))) == 9
     assert runs.in_two_children(lambda: run(two)) == [0, 0]
     if script is dreamda:
         images = three / "synthetic"
