@@ -104,9 +104,7 @@ def load_pipeline(model_id: str, device="cpu", dtype=None, checkpointing: bool =
     unet, width = pipe.unet.config, pipe.text_encoder.config.hidden_size
     fits = unet.in_channels == unet.out_channels == pipe.vae.config.latent_channels
     fits &= unet.cross_attention_dim == width and not (unet.addition_embed_type or unet.time_cond_proj_dim)
-    require(
-        fits, f"'{model_id}' is not a text-to-image Stable Diffusion 1 or 2, as SDXL, inpainting or an LCM"
-    )
+    require(fits, f"'{model_id}' is SDXL, an LCM or for inpainting, not Stable Diffusion 1 or 2")
     pipe.to(device).set_progress_bar_config(disable=True)
     pipe.scheduler = DDPMScheduler.from_config(pipe.scheduler.config, clip_sample=False)  # never clip latents
     for part in (pipe.unet, pipe.vae, pipe.text_encoder):
@@ -765,6 +763,8 @@ class Run:
                 self.lock.acquire()
             except Timeout:
                 raise UserError(f"another process is running in {self.path}; give another --out") from None
+            except OSError as error:  # a file system without locks
+                say(f"warning: {self.path} cannot be locked ({error.strerror}); start no second run in it")
             if args.overwrite and (self.path / "config.json").exists():  # else it is no run's folder
                 for old in sorted(self.path.glob("[!.]*"), key=lambda path: path.name == "config.json"):
                     shutil.rmtree(old) if old.is_dir() else old.unlink()  # config.json, its mark, goes last

@@ -1,6 +1,7 @@
 """Classifiers, their training and scores, run folders and the command line."""
 
 import copy
+import errno
 import gc
 import itertools
 import pickle
@@ -411,6 +412,16 @@ def test_reading_a_checkpoint_never_runs_foreign_code(tmp_path):
     torch.save({"x": tmp_path}, tmp_path / "model.pt")  # to make a path, a function is called
     with refused("cannot read .*model.pt .Weights only load failed"):
         common.read_file(tmp_path / "model.pt")
+
+
+def test_a_file_system_without_locks_is_no_other_process(tmp_path, monkeypatch, capsys):
+    def acquire(self):
+        raise OSError(errno.ENOLCK, "no locks here")
+
+    monkeypatch.setattr(common.FileLock, "acquire", acquire)
+    begun(tmp_path)
+    assert "cannot be locked (no locks here); start no second run" in capsys.readouterr().out
+    assert (tmp_path / "config.json").exists()
 
 
 def test_any_class_name_gets_a_folder_of_its_own(tmp_path):

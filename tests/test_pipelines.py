@@ -43,7 +43,7 @@ OTHERS = [dict(in_channels=9), dict(addition_embed_type="text"), dict(cross_atte
 
 @pytest.mark.parametrize("unet", [*OTHERS, dict(time_cond_proj_dim=32)])  # an LCM's wants the guidance scale
 def test_a_pipeline_of_another_kind_is_refused_at_loading(unet, tmp_path):
-    with refused("is not a text-to-image Stable Diffusion 1 or 2"):
+    with refused("is SDXL, an LCM or for inpainting, not Stable Diffusion 1 or 2"):
         common.load_pipeline(saved(tmp_path / "sd", unet=unet))
 
 
