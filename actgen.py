@@ -414,7 +414,6 @@ class Variants:
                 latents = common.read_file(self.run.path / "latents" / f"{file.stem}.pt")
                 self.bank.setdefault(record["label"], []).append(latents)
         self.images, self.records = self.images + images, self.records + records
-        self.run.write("synthetic/metadata.jsonl", self.records)
 
     def state_dict(self) -> dict:
         return {"records": self.records}
@@ -476,6 +475,7 @@ def train(args: Args, run: common.Run, data: common.Data, pipe, title: str, epoc
             # choice: the memory bank holds earlier epochs only, so that no batch depends on another
             draw_variants(args, run, pipe, net.eval(), gen_val, names, records, variants.bank)
             variants.add(records)
+            run.write("synthetic/metadata.jsonl", variants.records)
     return run.outcome(title) | {"synthetic": len(variants.images), "generation": run.drawing}
 
 

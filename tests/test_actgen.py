@@ -389,7 +389,7 @@ def test_only_guided_images_enter_the_memory_bank(tmp_path):
     for i in range(4):
         common.write_file(tmp_path / "latents" / f"{i}.pt", torch.full((4, 2, 2), float(i)))
         common.write_file(tmp_path / "synthetic" / f"{i}.png", torch.full((3, 8, 8), i / 8))
-    run, view = SimpleNamespace(path=tmp_path, write=lambda *_: None), common.make_transforms(8, "none")[1]
+    run, view = SimpleNamespace(path=tmp_path), common.make_transforms(8, "none")[1]
     variants, restored, grey = actgen.Variants(run, view), actgen.Variants(run, view), (0, 32, 64, 96)
     for part in (records[:3], records[3:]):
         variants.add(part)
