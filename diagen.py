@@ -12,7 +12,6 @@ et al., ICLR 2024, arXiv 2302.07944); without learned tokens, too, it is Real Gu
     python diagen.py --prompts llm --llm MODEL              prompts by any instruct model, kept as a CSV file
     python diagen.py --method da_fusion                     a baseline: da_fusion or real_guidance
     python diagen.py --ladder --seeds 5                     the paper's ablation, one rung after the other
-    accelerate launch diagen.py --dataset coco              several GPUs
 
 Paper to code:
     3.1 Textual Inversion                         textual_inversion, equation (1)
@@ -92,11 +91,11 @@ SD14 |= dict(pretrained=True, image_size=256, augment="zoomed", epochs=50, batch
 SD14 |= dict(frozen=True, optimizer="adam", lr=1e-4, weight_decay=0.0)
 DIGITS = common.DIGITS | dict(steps=15, guidance_scale=7.5, generation_batch_size=40)
 # choice: small latents settle later than those of 64x64, for which t_0 is 0.7
-DIGITS |= dict(strength=[0.5], examples_per_class=24, variations=2, inversion_steps=100, inversion_lr=0.02)
+DIGITS |= dict(strength=[0.5], variations=2, inversion_steps=60, inversion_lr=0.03)
 # choice: the learner is not told the digits' names (Real Guidance is): the method is for classes that must be
 # learned from images. The sigmas are the paper's, in units of the root mean square of SD 1.4's embeddings.
 DIGITS |= dict(initializer="background", sigmas=[0.0, 0.33, 0.67, 1.67], relative_sigma=True)
-DIGITS |= dict(pretrained=False, frozen=False, epochs=12, iterations=100, filter_epochs=10)
+DIGITS |= dict(pretrained=False, frozen=False, epochs=10, iterations=300, filter_epochs=4, eval_every=5)
 PLAIN = dict(sigmas=[0.0], prompts="none", weighting=False)  # DIAGen without its three parts
 RECIPES = {"*": SD14, "coco": dict(augment="squeezed"), "digits": DIGITS}
 RECIPES |= {"da_fusion": PLAIN, "real_guidance": PLAIN}
@@ -413,7 +412,8 @@ def train_filter(args: Args, accelerator, real: common.Images, data: common.Data
         batches = draw_batches(args, real, chances, accelerator, 10**6 + epoch)
         common.train_epoch(model, batches, optimizer, rates, accelerator)
         logits, labels = common.predict(model, data.val, accelerator, args.workers)
-        best.judge(epoch, -F.cross_entropy(logits, labels).item(), net)
+        nll = F.cross_entropy(logits, labels, 1 / labels.bincount(minlength=logits.shape[1]))
+        best.judge(epoch, -nll.item(), net)  # as released, the mean of the classes' losses
         if epoch - best["epoch"] >= 6:  # as released
             break
     net.load_state_dict(best["weights"])
@@ -614,7 +614,7 @@ def train(args: Args, run: common.Run, data: common.Data, title: str, images=Non
     """
     accelerator, best, real = run.accelerator, Best(), data.train
     net, model, optimizer = common.new_classifier(args, accelerator, data.class_names)
-    everything, rates = real + images if images else real, [args.lr] * args.iterations
+    everything, rates = (real + images).decoded() if images else real, [args.lr] * args.iterations
     chances = draw_weights(real.labels, weights, args.synthetic_probability)
 
     for epoch in run.epochs(title, args.epochs, model=net, optimizer=optimizer, best=best):

@@ -11,7 +11,6 @@ heads, which learn from real images alone and are kept different from each other
     python dreamda.py --dataset folder --data_dir mydata    your own images, in mydata/train/CLASS/*
     python dreamda.py --dataset stl10 --unlabelled 100000   semi-supervised
     python dreamda.py --ladder --seeds 5                    the paper's comparison, one rung after the other
-    accelerate launch dreamda.py --dataset caltech101       several GPUs
 
 Paper to code:
     inversion (CycleDiffusion)                 invert, equations (1) to (4)
@@ -24,6 +23,7 @@ Paper to code:
     baseline of as many steps and images       load_batches without a pool: "standard augmentation"
 """
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -54,8 +54,7 @@ class Args(common.RunArgs):
     paths: int = number("[0, 10000]", "paths of an image, used in turn; 0: one per variation", 0)
     strength: float = number("(0, 1]", "share of the sampling steps that are inverted", 0.8)
     eta: float = number("[0, 1]", "DDIM's eta; 1: every step carries noise, 0: none does", 1.0)
-    source_prompt: str = HfArg(default="", help="prompt of the inversion; {} stands for the class name")
-    source_guidance: float = number("[0, 100]", "guidance scale of the inversion, if it has a prompt", 1.5)
+    prompts: str = HfArg(default="", help="CSV file of lines CLASS;NUMBER;PROMPT, in the place of --prompt")
     variations: int = number("[1, 10000]", "M, number of variations of each training image", 30)
     perturb: str = HfArg(default="bottleneck", help="bottleneck, mid_input, down, up, latents or none")
     noise_scale: float = number("[0, 1000]", "s, scale of the noise on the features", 3.0)
@@ -87,10 +86,8 @@ DIGITS = common.DIGITS | dict(steps=15, guidance_scale=4.0, generation_batch_siz
 DIGITS |= dict(noise_scale=12.0, relative_noise=True, variations=4, paths=1)
 # choice: the paper's semi-supervised task, pretrained: from few images alone the heads know less than the
 # generator. The last layers, which are new, learn faster.
-DIGITS |= dict(
-    examples_per_class=8, unlabelled=1000, pretrained=True, lr=1e-3, head_lr=16.0, auxiliary_lr=32.0
-)
-DIGITS |= dict(batch_size=8, epochs=15, eval_every=15, burn_in=0.0, threshold=0.3)
+DIGITS |= dict(examples_per_class=8, unlabelled=1000, pretrained=True, lr=1e-3, head_lr=16.0)
+DIGITS |= dict(auxiliary_lr=32.0, epochs=15, eval_every=15, burn_in=0.0, threshold=0.3)
 RECIPES = {"*": SD15, "digits": DIGITS, "pets": PETS, "cifar10": CIFAR, "cifar100": CIFAR}
 RECIPES |= {"stl10": dict(image_size=96, augment="crop"), "imagenet": dict(variations=1, batch_size=256)}
 
@@ -203,9 +200,8 @@ def invert(
             noise.append(sigma * xi)
             continue
         eps = (z - alpha**0.5 * z0) / (1 - alpha) ** 0.5  # z_0 is known, so the noise in z_t is
-        after = (
-            ddim_mean(z, eps, alpha, previous, sigma) + sigma * xi if i + 1 < len(s.t) else z0
-        )  # (2); the last is z_0 itself
+        after = ddim_mean(z, eps, alpha, previous, sigma) + sigma * xi  # (2)
+        after = after if i + 1 < len(s.t) else z0  # the last is z_0 itself
         eps = predict_eps(pipe, z, t, alpha, text, scale)
         noise.append(after - ddim_mean(z, eps, alpha, previous, sigma))  # (3)
         z = after
@@ -260,7 +256,7 @@ class Perturbation:
             n = n * h[-B:].float().flatten(1).std(1).repeat(copies).view(-1, 1, 1, 1)
         last = {"h_norm": h, "perturbation_norm": self.scale * n}
         self.norms = {name: v[-B:].float().flatten(1).norm(dim=1) for name, v in last.items()}
-        self.calls, h = self.calls + 1, h + (self.scale * n).to(h.dtype)
+        self.calls, h = self.calls + 1, h + (self.scale * n).to(h.dtype)  # of (6)
         return (h, *others) if isinstance(values, tuple) else h
 
 
@@ -355,7 +351,7 @@ def agreement(logits: torch.Tensor, threshold: float) -> tuple[torch.Tensor, tor
     """
     votes = logits.argmax(2)
     label = votes[:, 0]
-    confidence = logits.softmax(2).mean(1).gather(1, label[:, None])[:, 0]
+    confidence = logits.softmax(2).mean(1).gather(1, label[:, None])[:, 0]  # of (9)
     return label, (votes == label[:, None]).all(1) & (confidence >= threshold)  # (9)
 
 
@@ -392,7 +388,7 @@ def self_training_loss(
     if len(synthetic):
         main = synthetic[:, 0]
         supervised = F.cross_entropy(main, targets, reduction="none", label_smoothing=smoothing)
-        L_u = torch.where(labelled, supervised, w_c * consistency_loss(main, weak)).mean()
+        L_u = torch.where(labelled, supervised, w_c * consistency_loss(main, weak)).mean()  # of (11)
     return L_x + w_a * L_aux + w_o * orthogonality_loss(auxiliary) + L_u  # (11)
 
 
@@ -413,13 +409,27 @@ def synthetic_targets(labels: str, logits: torch.Tensor, threshold: float):
 # The run ----------------------------------------------------------------------------------------------------
 
 
+def read_prompts(args: Args, data: common.Data) -> list[list[str]]:
+    """The prompts of each class in --prompts, where {name} stands for its name; --prompt if it has none."""
+    names, prompts = data.class_names, [[] for _ in data.class_names]
+    index = {name: y for known in (data.folders, names) for y, name in enumerate(known)}
+    text = common.read_text(Path(args.prompts)) if args.prompts else ""
+    for line in text.splitlines():
+        row = line.split(";", 2)
+        if line.strip() and row[0] != "class_name":  # the header
+            require(len(row) == 3 and row[0] in index, f"{args.prompts}: '{line}' is not CLASS;NUMBER;PROMPT")
+            prompts[y := index[row[0]]].append(row[2].replace("{name}", names[y]))
+    return [own or [args.prompt.replace("{}", name)] for own, name in zip(prompts, names, strict=True)]
+
+
 def plan_variations(args: Args, data: common.Data) -> list[dict]:
     """The records of all variations: M of the first training image, then M of the second, and so on."""
-    names, records = data.class_names, []
+    names, prompts, records = data.class_names, [*map(itertools.cycle, read_prompts(args, data))], []
     for i, y in enumerate(data.train.labels):
-        of_source = dict(guide=data.train.name(i), guide_index=i, prompt=args.prompt.replace("{}", names[y]))
         for k in range(args.variations):
-            records.append(common.record(names, y, f"{i:06d}-{k:02d}", [args.seed, i, k]) | of_source)
+            record = common.record(names, y, f"{i:06d}-{k:02d}", [args.seed, i, k])
+            own = dict(guide=data.train.name(i), guide_index=i, prompt=next(prompts[y]))
+            records.append(record | own)
     return records
 
 
@@ -432,14 +442,12 @@ def draw_variations(args: Args, run: common.Run, pipe, data: common.Data, record
         path = {j: (j // M, j % M % (args.paths or M)) for j in batch}
         paths = sorted(set(path.values()))  # pairs of a source image and the number of its path
         sources = sorted({i for i, _ in paths})
-        names = [records[i * M]["class_name"] for i in sources]
         generators = [common.generator(args.seed, 1, i, k) for i, k in paths]
         starts = [
             own if k == 0 or args.inversion == "none" else common.generator(args.seed, 1, i, 0)
             for own, (i, k) in zip(generators, paths, strict=True)
         ]
         of_paths = dict(sources=[sources.index(i) for i, _ in paths], start_generators=starts)
-        of_paths |= dict(source_prompts=[args.source_prompt.replace("{}", name) for name in names])
         images = torch.stack([real[i][0] for i in sources])
         inverted = invert(pipe, images, generators, **of_paths, **common.options(invert, args))
         follows = torch.tensor([paths.index(path[j]) for j in batch])
@@ -465,7 +473,7 @@ def make_pool(args: Args, run: common.Run, data: common.Data, folder: Path, reco
     if clip:
         logits, _ = common.predict(clip.to(accelerator.device), images, accelerator, args.workers)
         given["clip"] = logits.argmax(1)
-    return images, given
+    return images.decoded(), given
 
 
 def predict_targets(args: Args, run: common.Run, model, pool, given: dict, labels: str, votes: str = ""):
@@ -578,8 +586,7 @@ def check(args: Args, run: common.Run, data: common.Data, pipe) -> str:
     require(pool_batch(args) % processes == 0, f"{of_pool} not a multiple of {processes} processes")
     if pipe is None:
         return ""
-    for where in ("prompt", "source_prompt"):
-        common.check_prompt(pipe, getattr(args, where), data.class_names, f"--{where}")
+    common.check_prompt(pipe, "{}", sum(read_prompts(args, data), []), args.prompts or "--prompt")
     noisy_modules(pipe.unet, args.perturb)
     S, M = len(ddim_steps(pipe, args.steps, args.strength, args.eta).t), args.variations
     paths = 0 if args.inversion == "none" else min(args.paths or M, M)

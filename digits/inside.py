@@ -202,9 +202,9 @@ def show_variations(run: Finished, figure) -> None:
     args, data, pipe, i = run.args, run.data, run.pipe, len(run.data.train) // 2
     image = common.for_generator(data.train, pipe, args.square)[i][0]
     name = data.class_names[data.train.labels[i]]
-    source, prompt = (text.replace("{}", name) for text in (args.source_prompt, args.prompt))
+    prompt = args.prompt.replace("{}", name)
     path, steps, rows, count = Steps(), Steps(), {}, min(6, args.generation_batch_size)
-    options = common.options(dreamda.invert, args) | {"source_prompts": [source], "on_step": path.add}
+    options = common.options(dreamda.invert, args) | {"on_step": path.add}
     inverted = dreamda.invert(pipe, image[None], [common.generator(args.seed, KEY, i)], **options)
     scales = [0, 0.5, 1, 2] if args.perturb != "none" and args.noise_scale else [0]
     for s in [args.noise_scale * scale for scale in scales]:

@@ -51,6 +51,7 @@ atexit.register(gc.unfreeze)
 TWO_PROCESSES = "-m torch.distributed.run --standalone --nproc_per_node 2".split()
 
 ACTGEN = dict(epochs=4, images_per_epoch=4, generation_batch_size=2, steps=4, eval_every=4, genval_share=0.5)
+ACTGEN |= dict(few_shot=False)
 DREAMDA = dict(variations=2, steps=3, generation_batch_size=6, epochs=2, eval_every=2, batch_size=8, heads=2)
 DREAMDA |= dict(burn_in=0.0, synthetic_ratio=2.0, unlabelled=0, head_lr=1.0)
 DIAGEN = dict(epochs=2, iterations=2, filter_epochs=2, batch_size=4, steps=4, variations=2, inversion_steps=4)

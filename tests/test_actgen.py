@@ -300,13 +300,14 @@ def test_the_curriculum_goes_from_half_text_only_to_half_adversarial():
 
 
 def test_the_control_sees_as_many_images_as_active_training():
-    args = actgen.METHOD.arguments(epochs=6, images_per_epoch=10, genval_share=0.25)
+    args = actgen.METHOD.arguments(epochs=6, images_per_epoch=10, few_shot=False, genval_share=0.25)
     epochs = [75, 75 + 10, 75 + 20, 100 + 30, 100 + 30, 100 + 30]  # gen-val of 25 merges at half time
     assert actgen.equal_epochs(args, 100) == round(sum(epochs) / 100)
 
 
 def plan(logits, labels, epoch=19, **changes):
     """The columns of a plan."""
+    changes = dict(few_shot=False) | changes
     args = actgen.METHOD.arguments(images_per_epoch=12, epochs=40, **changes)
     gen_val = common.Images(["an image"] * len(labels), labels.tolist())
     rows = actgen.plan_epoch(args, gen_val, logits, labels, NAMES, epoch)
@@ -350,7 +351,7 @@ def test_few_shot_guides_are_all_images_and_confidence_sets_their_centre():
 
 def test_the_images_to_draw_are_those_the_classifier_gets_wrong_and_are_named():
     digits = common.load_data("digits", "", 32, examples_per_class=20)
-    args = actgen.METHOD.arguments(images_per_epoch=64, epochs=40)
+    args = actgen.METHOD.arguments(images_per_epoch=64, epochs=40, few_shot=False, genval_share=0.2)
     train, gen_val = actgen.hold_out(args, digits)
     assert len(train) == 160 and sorted(gen_val.labels) == sorted([*range(10)] * 4)
     assert gen_val.transform is digits.test.transform

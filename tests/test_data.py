@@ -4,6 +4,7 @@ import itertools
 import json
 import pickle
 import re
+import shutil
 import struct
 import unicodedata
 from hashlib import md5
@@ -57,6 +58,10 @@ def colours(images):
     return [(255 * x.mean((1, 2))).round().int().tolist() for x, _, _ in images]
 
 
+def names(images):
+    return [images.name(i) for i in range(len(images))]
+
+
 # --- layouts
 
 
@@ -65,9 +70,9 @@ def test_of_class_folders_alone_a_fifth_of_each_class_is_the_test_split(tmp_path
     data = load(tmp_path)
     assert data.class_names == ["cat", "dog"] and data.test.labels == [0, 0, 1, 1]
     assert np.bincount(data.train.labels).tolist() == [8, 8]
-    assert not set(data.train.sources) & set(data.test.sources)
+    assert not set(names(data.train)) & set(names(data.test))
     assert "no test split: a fifth of each class is held out for it, 4 images" in capsys.readouterr().out
-    assert load(tmp_path).test.sources == data.test.sources
+    assert names(load(tmp_path).test) == names(data.test)
 
 
 def test_a_folder_with_val_and_test_ood_is_read(tmp_path):
@@ -207,10 +212,21 @@ def test_strays_are_passed_over(tmp_path):
     data = load(tmp_path)
     assert data.class_names == ["cat", "dog.jpg", "kitty"]
     assert np.bincount(data.train.labels).tolist() == [5 + 1, 5, 2]
-    assert data.train.sources[5].name == "IMG.JPG"
+    assert names(data.train)[5].endswith("IMG.JPG")
 
 
 # --- images in memory, and damaged ones
+
+
+def test_images_are_decoded_once_unless_they_take_more_than_2_gib(tmp_path):
+    classes(tmp_path / "train", "cat", "dog")
+    classes(tmp_path / "test", "cat", "dog")
+    data, files = load(tmp_path), sorted((tmp_path / "train").rglob("*.png"))
+    assert names(data.train) == [*map(str, files)]
+    shutil.rmtree(tmp_path)
+    assert len([*data.train]) == len(files) and names(data.train.subset([3])) == [str(files[3])]
+    large = common.Images([write(tmp_path / "a.jpg", picture(0, (300, 300)))] * 9000, [0] * 9000)
+    assert large.decoded() is large and isinstance(large.subset([0]).decoded().sources[0], Image.Image)
 
 
 def test_a_large_photograph_is_decoded_at_half_its_size_or_less_but_not_below_1024_pixels(tmp_path):
@@ -230,7 +246,7 @@ def test_bad_images_are_left_out_before_the_draw(tmp_path, capsys):
         damage(classes(tmp_path / split, "cat", "dog", count=8), "cat/1.png", "dog/3.png")
     data = load(tmp_path, skip_bad_images=True, examples_per_class=7)
     assert data.train.labels == data.test.labels == [0] * 7 + [1] * 7
-    assert tmp_path / "train" / "cat" / "1.png" not in data.train.sources and [*data.train]
+    assert str(tmp_path / "train" / "cat" / "1.png") not in names(data.train) and [*data.train]
     assert "left out 4 of 32 images" in capsys.readouterr().out
     damage(tmp_path, *(f"train/cat/{i}.png" for i in range(8)), *(f"train/dog/{i}.png" for i in range(7)))
     with pytest.raises(common.UserError) as error:

@@ -408,7 +408,7 @@ BAD = {
     "owl;0;an owl\nowl;0;a photo": "line 2: 'owl' or {name} must be in the prompt exactly once",
     "owl;0;an owl beside an owl": "line 1: 'owl' or {name} must be in the prompt exactly once",
     "owl;0;an owl".encode("utf-16"): "give a text file in UTF-8",
-    f"owl;0;{'red ' * 14}owl": "line 1: the class 'owl' ends at token 17 of the prompt, of which 14 are read",
+    f"owl;0;{'red ' * 14}owl": "line 1: 'owl' ends at token 17, but 14 are read",
 }
 
 

@@ -354,7 +354,7 @@ OF_ACTGEN = [  # what is done to the folder, arguments, words of the error
     (lambda d: (d / "file").touch(), {"out": "file"}, "file"),
     (None, {"out": "/sys/run"}, "cannot read or write /sys"),  # where even root cannot write
     (None, {"out": "data/run"}, "--out data/run is in --data_dir"),  # a class of the next run
-    (None, {"prompt": "a " * 20 + "{}"}, "--prompt: the class 'baker's yeast' ends at token"),
+    (None, {"prompt": "a " * 20 + "{}"}, "--prompt: 'baker's yeast' ends at token"),
     (None, {"attention_resolution": 5}, r"--attention_resolution 5 is none of \[4, 8\]"),
     (None, {"steps": 2000}, "--steps 2000: the model was trained with 1000 only"),
 ]

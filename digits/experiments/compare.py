@@ -4,13 +4,13 @@
     python digits/experiments/compare.py --per_class 16 --seeds 1    half an hour of one core
     python digits/experiments/compare.py --per_class 16 --cells 0/0 0/0.65 0.45/0 0.45/0.65     when it pays
 
-Every classifier is trained by the recipe of digits for about STEPS steps of 24 images. A method draws about
+Every classifier is trained by the recipe of digits for about STEPS steps of 8 images. A method draws about
 IMAGES images. A cell CONFUSION/STYLE is a world: the share of captions in which the generator
 learned a look-alike's name, and how far the target differs from the generator's images. A generator that does
 not exist yet is trained by pretrain.py, in 20 to 40 minutes of one core.
 
 Real Guidance, DA-Fusion, random text-to-image and DreamDA by its sources' labels differ in images alone: a
-step takes 8 real and 16 synthetic images, or 24 real ones. ActGen and DIAGen train as their papers say.
+step takes 3 real and 5 synthetic images, or 8 real ones. ActGen and DIAGen train as their papers say.
 DA-Fusion and DIAGen share their learned tokens.
 
 What stands in results.json in --out is not run again. The same command, started twice, shares the work: a
@@ -37,7 +37,7 @@ import diagen  # noqa: E402
 import dreamda  # noqa: E402
 from digits import judge, pretrain  # noqa: E402
 
-STEPS, REAL, SYNTHETIC = 1200, 8, 16  # training steps; real and synthetic images of a batch
+STEPS, REAL, SYNTHETIC = 3000, 3, 5  # training steps; real and synthetic images of a batch
 IMAGES = 960  # synthetic images of all classes together
 BASE = "standard augmentation"  # gains are differences to its accuracy, seed by seed
 SHARED = common.DIGITS | dict(
@@ -104,7 +104,7 @@ class Comparison:
     def actgen(self, name: str, **changes):
         """ActGen. In the first half of its epochs it draws images and sees ever more of them."""
         n, real, seen = 10 * self.k * self.M, 10 * self.k, STEPS * (REAL + SYNTHETIC)
-        half = min(n, round((seen + n / 2) / (1.8 * real + 1.5 * n)))  # a fifth of the images are gen-val
+        half = min(n, round((seen + n / 2) / (2 * real + 1.5 * n)))
         steps = dict(epochs=2 * half, images_per_epoch=n // half, batch_size=REAL + SYNTHETIC)
         return self.run(actgen, name, **self.draw | steps | changes), self.out / name
 

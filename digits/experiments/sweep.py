@@ -98,7 +98,7 @@ def sweep_noise() -> None:
     def invert(key: int, inversion: str = "cycle", start: int | None = None):
         """Inverts every image; another key gives other random draws. start: a key for z_T alone."""
         options = {} if start is None else {"start_generators": sweep.generators(start)}
-        options |= common.options(dreamda.invert, args) | {"inversion": inversion, "source_prompts": None}
+        options |= common.options(dreamda.invert, args) | {"inversion": inversion}
         return dreamda.invert(pipe, sweep.images, sweep.generators(key), **options)
 
     def vary(inverted, key: int, **perturbation) -> torch.Tensor:
