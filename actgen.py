@@ -13,7 +13,7 @@ hard for the present classifier (adversarial loss). Both losses act by gradient 
 
 Paper to code:
     4.1 misclassified images, curriculum                   plan_epoch, curriculum
-        memory bank, half-time merge                       Variants, loss_of; train
+        memory bank; half-time merge, learning rate        Variants, loss_of; train
         few-shot: confidence to guidance                   confidence_to_centre
         control: real images, as many in all               equal_epochs
     4.2 the mask m_t                                       ClassAttention
@@ -79,7 +79,7 @@ VIT |= dict(warmup=20 / 300, mixup=True)
 EUROSAT = dict(few_shot=True, examples_per_class=16, classifier="clip", augment="crop")
 EUROSAT |= dict(optimizer="adamw", lr=1e-5, epochs=50, batch_size=32)
 DIGITS = common.DIGITS | dict(prompt="a photo of a {}", guidance_scale=7.5, pretrained=False)
-# choice: half the steps. Small latents settle later, so the guide is needed longer than for 12.5 of 40 steps.
+# choice: half the steps. In small latents less noise hides the image: a guide counts longer than 12.5 of 40.
 DIGITS |= dict(steps=20, guidance_centre=10.0, gradient_steps=5, attention_resolution=8, nu=0.1)
 DIGITS |= dict(channel_steps=False, images_per_epoch=32, few_shot=True, epochs=40, eval_every=40)
 RECIPES = {"*": SMALL, "digits": DIGITS, "eurosat": EUROSAT, "imagenet": IMAGENET}
@@ -91,8 +91,8 @@ RECIPES |= {f"imagenet/{vit}": VIT for vit in ("vit_small_patch16_224", "deit_ba
 
 def confidence_to_centre(confidence: torch.Tensor, centre: float = 12.5) -> torch.Tensor:
     """The few-shot guidance centre i_0 = centre (1 - p); p: the confidence [N] in the guide's own class."""
-    # choice: the paper's function is not published. This one keeps its two ends: an unknown guide is followed
-    # as in the main method; of a known one only the class is kept, because copies of it would teach nothing.
+    # choice: the paper's function is not published. Here a guide of p = 0 is followed as in the main method;
+    # one of p = 1 is barely followed, so that little but its class stays: copies of it would teach nothing.
     return centre * (1 - confidence)
 
 
@@ -399,7 +399,7 @@ def draw_variants(args: Args, run, pipe, classifier, gen_val, names, records: li
 
 
 class Variants:
-    """The variants so far: training images, and the memory bank of their latents; a part of a checkpoint."""
+    """The variants so far as training images, and the bank: the latents of the guided ones; checkpointed."""
 
     def __init__(self, run: common.Run, transform):
         self.run, self.images, self.bank, self.records = run, common.Images([], [], transform), {}, []
@@ -440,7 +440,7 @@ def hold_out(args: Args, data: common.Data) -> tuple[common.Images, common.Image
 
 
 def train(args: Args, run: common.Run, data: common.Data, pipe, title: str, epochs: int) -> dict:
-    """The scores of a classifier by active generation (section 4.1), without a pipe on real images alone."""
+    """Trains by active generation (section 4.1), or without a pipe on real images alone; the scores."""
     half, names, accelerator = epochs // 2 if pipe else 0, data.class_names, run.accelerator
     real, gen_val = hold_out(args, data) if pipe else (data.train, data.val)
     net, model, optimizer = common.new_classifier(args, accelerator, names)

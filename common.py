@@ -81,7 +81,7 @@ def from_pretrained(cls, model_id: str, **options):
 
 
 def native_dtype(device: str) -> torch.dtype:
-    """bf16 on a GPU that computes in it, fp16 on an older GPU, else fp32; device: its type."""
+    """bf16 on a GPU that computes in it, fp16 on an older GPU, else fp32; device: such as "cuda"."""
     if device != "cuda":
         return torch.float32
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
@@ -426,8 +426,8 @@ class Data:
     """The splits of a data set, None where it has no such split.
 
     folders: the data set's own names of the classes; class_names: in English, for prompts
-    unlabelled: images that no method trains on with their labels: stl10's, or what a few-shot draw left
-    truth: images, accelerator -> the classes [N] that they really show; known for digits alone
+    unlabelled: stl10's, or what a few-shot draw left; some may have labels, but no method trains on those
+    truth: images, accelerator -> the classes [N] that they show, as digits' oracle reads them; else None
     """
 
     folders: list[str]
@@ -463,7 +463,7 @@ def open_image(source) -> Image.Image:
             image = next(iter(item.values())) if isinstance(item, dict) else item[0]
         else:
             image = Image.open(source)
-            # choice: a large JPEG is decoded at a half or less, while it keeps 1,024 pixels: this is faster
+            # choice: a large JPEG is decoded at 1/2 to 1/8 if both sides keep 1,024 pixels: this is faster
             image.draft(None, (1024, 1024) if min(image.size) > 1024 else image.size)
             image.load()
             with contextlib.suppress(Exception):  # damaged EXIF: the image as it is
@@ -840,7 +840,7 @@ class Run:
             self.write(file, {name: part.state_dict() for name, part in parts.items()} | {"log": log})
 
     def log(self, **values) -> None:
-        """Adds values to the present epoch's line of metrics.jsonl, and the top-1 of scores beside them."""
+        """Adds values to the present epoch's line of metrics.jsonl; of `scores` also each split's top-1."""
         self.line |= values | {k: score["top1"] for k, score in values.get("scores", {}).items()}
 
     def outcome(self, title: str) -> dict:
@@ -980,9 +980,9 @@ class RunArgs:
     dataset: str = HfArg(default="digits", help=", ".join(DATASETS))
     data_dir: str = HfArg(default="data", help="folder of the data set; hf: its id, OWNER/NAME")
     class_names: str = HfArg(default="", help="file of lines FOLDER,NAME; else data_dir's classes.txt")
-    label_column: str = HfArg(default="", help="hf: the column of labels, if there are several")
+    label_column: str = HfArg(default="", help="hf: the column of labels, if it is not clear")
     skip_bad_images: bool = HfArg(default=False, help="leave out images that cannot be read")
-    style: float | None = number("[0, 1]", "digits: how unlike the generator's images")
+    style: float | None = number("[0, 1]", "digits: distance from the generator's images; by default 0.65")
     out: str = HfArg(default="", help="run folder; if none is given, runs/METHOD-DATASET-sSEED")
     overwrite: bool = HfArg(default=False, help="start afresh if the folder holds a run")
     seed: int = number("[0, 4294967295]", "seed of every random draw", 0)
@@ -1087,7 +1087,7 @@ def run_once(method: Method, args, accelerator) -> dict:
 def run_ladder(method: Method, given: dict, accelerator) -> str:
     """Runs every rung of the ladder for every seed; returns the table, which is also in ladder.md."""
     args, top1 = method.arguments(**given), {}
-    require(not given.keys() & {"synthetic", "embeddings"}, "--ladder makes its own images and tokens")
+    require(not given.keys() & {"synthetic", "embeddings"}, "--ladder takes no --synthetic or --embeddings")
     for seed in range(args.seed, args.seed + args.seeds):
         out = {rung: str(Path(args.out, f"{slug(rung)}-s{seed}")) for rung in method.ladder}
         for rung, changes in method.ladder.items():

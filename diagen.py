@@ -66,9 +66,9 @@ class Args(common.RunArgs):
     inversion_steps: int = number("[1, 1e6]", "training steps of Textual Inversion", 1000)
     inversion_batch_size: int = number("[1, 1000]", "images of each class in such a step", 4)
     inversion_lr: float = number("(0, 1]", "learning rate; 5e-4 for each image of the batch", 2e-3)
-    initializer: str = HfArg(default="the", help="word the tokens start from; '': the class's own name")
+    initializer: str = HfArg(default="the", help="first word, as released; in the paper '': the class's name")
     embeddings: str = HfArg(default="", help="folder of a run whose learned tokens are used")
-    sigmas: list[float] | None = number("[0, 100]", "standard deviations of the noise on the tokens")
+    sigmas: list[float] | None = number("[0, 100]", "noise on the tokens: standard deviations, as released")
     relative_sigma: bool = HfArg(default=False, help="sigma in units of a token's root mean square")
     prompts: str = HfArg(default="bank", help="bank (random words), llm, none, or the name of a CSV file")
     prompts_per_class: int = number("[1, 1000]", "number of prompts of a class, used in rotation", 10)
@@ -90,7 +90,7 @@ SD14 |= dict(sigmas=[0.0, 0.005, 0.01, 0.025], examples_per_class=4, classifier=
 SD14 |= dict(pretrained=True, image_size=256, augment="zoomed", epochs=50, batch_size=16)
 SD14 |= dict(frozen=True, optimizer="adam", lr=1e-4, weight_decay=0.0)
 DIGITS = common.DIGITS | dict(steps=15, guidance_scale=7.5, generation_batch_size=40)
-# choice: small latents settle later than those of 64x64, for which t_0 is 0.7
+# choice: in small latents less noise hides the image than in those of 64x64, for which t_0 is 0.7
 DIGITS |= dict(strength=[0.5], variations=2, inversion_steps=60, inversion_lr=0.03)
 # choice: the learner is not told the digits' names (Real Guidance is): the method is for classes that must be
 # learned from images. The sigmas are the paper's, in units of the root mean square of SD 1.4's embeddings.
@@ -207,11 +207,11 @@ def textual_inversion(
 
 
 def noisy_embeddings(rows: torch.Tensor, sigmas: list[float], generators: list, relative: bool = False):
-    """Adds noise of V standard deviations to each class's embedding: rows [K, d] -> [K, V, d].
+    """V noisy copies of each class's embedding, one for each of `sigmas`: rows [K, d] -> [K, V, d].
 
         (2)  S_v = S* + sigma_v n      n ~ N(0, I)
 
-    generators: one CPU generator per class; relative: sigma is in units of the root mean square of a vector
+    generators: one CPU generator per class; relative: sigma is in units of the embedding's root mean square
     """
     noise = torch.stack([torch.randn(len(sigmas), rows.shape[1], generator=g) for g in generators])
     sigma = torch.tensor(sigmas).view(1, -1, 1).to(rows)
@@ -314,8 +314,8 @@ def write_prompts(args: Args, class_names: list[str]) -> str:
 def read_prompts(path: Path, data: common.Data, pipe=None, learned: bool = False) -> list[list[str]]:
     """The prompts of each class, {} for its name, from a file of lines class_name;class_idx;prompt.
 
-    class_name: in English or the data set's own; class_idx has no effect; prompt: see template_of. Raises
-    UserError, with its number, for any other line.
+    class_name: in English or the data set's own; class_idx has no effect; prompt: see template_of. Any other
+    line raises UserError, which gives the line's number; a class without lines gets "a photo of a {}".
     """
     names, prompts = data.class_names, [[] for _ in data.class_names]
     rows = csv.reader(io.StringIO(common.read_text(path)), delimiter=";")
@@ -323,7 +323,7 @@ def read_prompts(path: Path, data: common.Data, pipe=None, learned: bool = False
         where = f"{path}, line {rows.line_num}"
         if not row or (rows.line_num == 1 and row[0] == "class_name"):
             continue
-        require(len(row) == 3, f"{where} has {len(row)} of the three columns class_name;class_idx;prompt")
+        require(len(row) == 3, f"{where} has {len(row)} columns, not the three class_name;class_idx;prompt")
         name, _, prompt = (field.strip() for field in row)
         own = [y for y in range(len(names)) if name in (names[y], data.folders[y])]
         require(own, f"{where}: the data set has no class '{name}'")

@@ -517,8 +517,8 @@ def pool_batch(args: Args) -> int:
 def load_batches(args: Args, accelerator, data: common.Data, pool, heads: int, steps: int, epoch: int):
     """For each step of an epoch a batch of real images, ((views, k), y, i), and one of the pool, (u, y, i).
 
-    views, k: see head_views; u: strong views. Without a pool its batches are empty, and as many real images,
-    or views of real ones, take the places of the pool's: the baseline, and the burn-in.
+    views, k: see head_views; u: strong views. Without a pool (baseline, burn-in) its batches are empty and
+    more real images fill its places; with heads half as many, because each of them has two views.
     """
 
     def load(images, size, key, function):
