@@ -57,7 +57,7 @@ class Args(common.RunArgs):
     nu: float = number("[0, 1000]", "length of a step on the text embedding", 0.05)
     channel_steps: bool = HfArg(default=False, help="a step has this length in every channel, as released")
     rho: float = number("[0, 1e6]", "margin of L_contra, for latents of 4x64x64", 200.0)
-    few_shot: bool = HfArg(default=False, help="no gen-val: all training images are guides")
+    few_shot: bool = HfArg(default=False, help="guides: random training images; none is held out as gen-val")
     genval_share: float = number("(0, 1)", "share of the training images held out as gen-val", 0.1)
     mixup: bool = HfArg(default=False, help="mix every batch by MixUp or CutMix")
 
@@ -97,7 +97,7 @@ def confidence_to_centre(confidence: torch.Tensor, centre: float = 12.5) -> torc
 
 
 def curriculum(epoch: int, epochs: int) -> tuple[float, float]:
-    """The probabilities of plain text-to-image, r, and of the adversarial loss at an epoch of the first half.
+    """The probabilities of plain text-to-image, r, and, for a guided image, of L_adv, at an epoch below E/2.
 
     r = 0.5 max(0, 1 - e / (E/2 - 1)) falls from 0.5 to 0 at half time; the other is max(0, 0.5 - r).
     """
@@ -186,7 +186,7 @@ class ClassAttention:
 
     def mask(self) -> torch.Tensor:
         """m_t [B, 1, r, r]: the average (or sum) over heads, layers and steps so far, scaled to [0, 1]."""
-        # choice: as the paper says; the released code starts from ones, so that its mask restricts nothing
+        # choice: scaled to [0, 1] as in the paper; released, the maps are added to ones, which frees nothing
         low, high = self.maps.amin((1, 2), keepdim=True), self.maps.amax((1, 2), keepdim=True)
         return ((self.maps - low) / (high - low).clamp(min=1e-12))[:, None]
 
@@ -314,7 +314,7 @@ def generate(
     on_step: called after step i as on_step(i, t, values), with a dict of x0 (1), gradient_norm and c (3),
         x_tilde and gamma (6), a row for each image; while the guide is mixed in also of m and x_g
 
-    Without guides it is the stock pipeline's DDPM sampling bit for bit. UserError under torch.inference_mode.
+    Without guided images it is the stock DDPM sampling, bit for bit in fp32. UserError in inference_mode.
     """
     require(not torch.is_inference_mode_enabled(), "generate needs gradients; leave torch.inference_mode()")
     device, scheduler, dtype, B = pipe.device, pipe.scheduler, pipe.unet.dtype, len(labels)
@@ -447,12 +447,12 @@ def train(args: Args, run: common.Run, data: common.Data, pipe, title: str, epoc
     variants, untrained = Variants(run, data.train.transform), None
     if args.few_shot and pipe:
         # choice: few-shot guides are training images, of which a trained classifier is always sure: guidance
-        # would fade to nothing. Their confidence is that of the untrained classifier, zero-shot CLIP.
+        # would fade to nothing. Their confidence is that before training: zero-shot CLIP's, on digits chance.
         untrained = common.predict(net, gen_val, accelerator, args.workers)
 
     for epoch in run.epochs(title, epochs, model=net, optimizer=optimizer, variants=variants):
         # one epoch on all images so far; gen-val joins the others at half time. Within it the learning rate
-        # advances over as many batches as there are real ones: synthetic batches do not count
+        # advances over as many batches as there are real ones: as released, synthetic batches do not count
         images = (data.train if epoch >= half else real) + variants.images
         batches, count = batches_of(args, accelerator, images, len(names), epoch)
         progress = np.arange(count) / (count * (1 - len(variants.images) / len(images)))

@@ -51,7 +51,7 @@ DIGITS_SD, DIGITS_CLEAN = (str(ROOT / "digits" / sd) for sd in ("sd", "sd_clean"
 
 
 class UserError(Exception):
-    """A mistake that the user can mend. Its one line says what is wrong, where, and what to do."""
+    """A mistake that the user can mend. Its one line says what is wrong and where, mostly what to do, too."""
 
 
 def require(condition, message: str) -> None:
@@ -408,7 +408,7 @@ class Images(Dataset):
         return replace(self, sources=self.sources + other.sources, labels=self.labels + other.labels)
 
     def decoded(self) -> "Images":
-        """The same images in memory, if they take at most 2 GiB, judged by ten of them."""
+        """The same images in memory, if they take at most 2 GiB (of each process), judged by ten of them."""
         sizes = [open_image(source).size for source in self.sources[:: len(self) // 10 + 1]]
         if len(self) * 3 * np.mean([width * height for width, height in sizes]) > 2**31:
             return self
@@ -464,7 +464,7 @@ def open_image(source) -> Image.Image:
         else:
             image = Image.open(source)
             # choice: a large JPEG is decoded at 1/2 to 1/8 if both sides keep 1,024 pixels: this is faster
-            image.draft(None, (1024, 1024) if min(image.size) > 1024 else image.size)
+            image.draft(None, (1024, 1024))
             image.load()
             with contextlib.suppress(Exception):  # damaged EXIF: the image as it is
                 image = ImageOps.exif_transpose(image)
@@ -480,7 +480,8 @@ def open_image(source) -> Image.Image:
         image.filename = source  # for Images.name, if it is kept
         return image
     except Exception as error:  # of any kind, if the file is damaged
-        raise UserError(f"cannot read the image {Images([source], [0]).name(0)}: {error}") from None
+        name = source if isinstance(source, Path) else f"#{source[1]}"
+        raise UserError(f"cannot read the image {name}: {error}") from None
 
 
 def make_transforms(size: int, augment: str = "none", square: str = "crop") -> tuple[v2.Compose, v2.Compose]:
@@ -601,7 +602,7 @@ def split_per_class(labels, share: float, seed: int) -> tuple[np.ndarray, np.nda
 
 
 def _data(folders: list, splits: dict[str, list[tuple]], where) -> Data:
-    """The splits, each of (source, folder) pairs."""
+    """The Data of splits, {split: (source, class folder) pairs}; where: the data set's name for errors."""
     require(len(folders) > 1, f"{where} has {len(folders)} classes; a classifier needs two or more")
     index, images = {name: i for i, name in enumerate(folders)}, {}
     for split, pairs in splits.items():
@@ -990,7 +991,7 @@ class RunArgs:
     seeds: int = number("[1, 1000]", "number of seeds of the ladder", 5)
     baseline: bool = HfArg(default=True, help="also train the method's baselines")
     real_only: bool = HfArg(default=False, help="train on the real images alone")
-    workers: int = number("[0, 1000]", "processes that load images, on each GPU", 8)
+    workers: int = number("[0, 1000]", "processes that load images, for each GPU", 8)
     diffusion: str | None = HfArg(default=None, help="Stable Diffusion: model id or local folder")
     prompt: str = HfArg(default="a photo of a {}", help="prompt; {} stands for the class name")
     steps: int | None = number("[1, 10000]", "sampling steps")

@@ -64,7 +64,7 @@ class Args(common.RunArgs):
 
     method: Literal[*METHODS] = HfArg(default="diagen", help="the baselines are DIAGen without its parts")
     inversion_steps: int = number("[1, 1e6]", "training steps of Textual Inversion", 1000)
-    inversion_batch_size: int = number("[1, 1000]", "images of each class in such a step", 4)
+    inversion_batch_size: int = number("[1, 1000]", "images in such a step, all of one class", 4)
     inversion_lr: float = number("(0, 1]", "learning rate; 5e-4 for each image of the batch", 2e-3)
     initializer: str = HfArg(default="the", help="first word, as released; in the paper '': the class's name")
     embeddings: str = HfArg(default="", help="folder of a run whose learned tokens are used")
@@ -116,7 +116,7 @@ TEMPLATES = [PHOTO] + (
 
 def place_tokens(pipe, tokens: list[str], rows: torch.Tensor) -> torch.Tensor:
     """Writes embeddings `rows` [T, d] of tokens into the text encoder; returns the tokens' ids [T]."""
-    # choice: the tokenizer finds a token as a whole or not at all, never a part of another class's token
+    # choice: matched as written, not in lower case: a token is found whole, never in another class's token
     pipe.tokenizer.add_tokens([AddedToken(token, normalized=False) for token in tokens])
     if len(pipe.tokenizer) > pipe.text_encoder.get_input_embeddings().num_embeddings:
         pipe.text_encoder.resize_token_embeddings(len(pipe.tokenizer), mean_resizing=False)
@@ -170,7 +170,7 @@ def textual_inversion(
 
     Raises UserError if the training diverges.
     """
-    require(torch.is_grad_enabled(), "textual_inversion needs gradients; leave torch.inference_mode()")
+    require(torch.is_grad_enabled(), "training needs gradients; leave torch.inference_mode() or no_grad()")
     device, scheduler, dtype, B = pipe.device, pipe.scheduler, pipe.unet.dtype, batch_size
     with torch.no_grad():  # z [V, n, C, h, w] of V views, plain and mirrored
         views = [images, images.flip(-1)] if flip else [images]
@@ -247,7 +247,7 @@ def template_of(prompt: str, name: str) -> str:
     """The prompt with {} in the place of the class name, or "" if the name is not there exactly once.
 
     The name is written {name}, {} or as itself, in upper or lower case and as a whole word ("car" is not in
-    "carrot"; scripts without spaces have no words).
+    "carrot"); writing without spaces, such as Chinese, has no words: there it may stand anywhere.
     """
     prompt, word = prompt.replace("{name}", "{}"), re.escape(name)
     if not re.search("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u9fff\uac00-\ud7af]", name):
@@ -323,7 +323,7 @@ def read_prompts(path: Path, data: common.Data, pipe=None, learned: bool = False
         where = f"{path}, line {rows.line_num}"
         if not row or (rows.line_num == 1 and row[0] == "class_name"):
             continue
-        require(len(row) == 3, f"{where} has {len(row)} columns, not the three class_name;class_idx;prompt")
+        require(len(row) == 3 and "\n" not in row[2], f"{where}: {row} is not class_name;class_idx;prompt")
         name, _, prompt = (field.strip() for field in row)
         own = [y for y in range(len(names)) if name in (names[y], data.folders[y])]
         require(own, f"{where}: the data set has no class '{name}'")

@@ -410,12 +410,12 @@ def synthetic_targets(labels: str, logits: torch.Tensor, threshold: float):
 
 
 def read_prompts(args: Args, data: common.Data) -> list[list[str]]:
-    """The prompts of each class in --prompts, where {name} stands for its name; --prompt if it has none."""
+    """The prompts of each class in --prompts, {name} stands for its name; --prompt, if it has none."""
     names, prompts = data.class_names, [[] for _ in data.class_names]
     index = {name: y for known in (data.folders, names) for y, name in enumerate(known)}
     text = common.read_text(Path(args.prompts)) if args.prompts else ""
     for line in text.splitlines():
-        row = line.split(";", 2)
+        row = [field.strip(' "') for field in line.split(";", 2)]
         if line.strip() and row[0] != "class_name":  # the header
             require(len(row) == 3 and row[0] in index, f"{args.prompts}: '{line}' is not CLASS;NUMBER;PROMPT")
             prompts[y := index[row[0]]].append(row[2].replace("{name}", names[y]))
@@ -428,8 +428,7 @@ def plan_variations(args: Args, data: common.Data) -> list[dict]:
     for i, y in enumerate(data.train.labels):
         for k in range(args.variations):
             record = common.record(names, y, f"{i:06d}-{k:02d}", [args.seed, i, k])
-            own = dict(guide=data.train.name(i), guide_index=i, prompt=next(prompts[y]))
-            records.append(record | own)
+            records.append(record | dict(guide=data.train.name(i), guide_index=i, prompt=next(prompts[y])))
     return records
 
 
@@ -462,7 +461,7 @@ def draw_variations(args: Args, run: common.Run, pipe, data: common.Data, record
 
 
 def make_pool(args: Args, run: common.Run, data: common.Data, folder: Path, records: list[dict], clip):
-    """The pool: synthetic, then --unlabelled real images [N]; and labels [N] for it by kind; -1: none."""
+    """The pool of N images, synthetic, then --unlabelled real; {kind of LABELS: labels [N], -1: none}."""
     images, accelerator = common.images_of(records, folder, data.test.transform), run.accelerator
     given = dict.fromkeys(("seed", "seed_heads"), torch.tensor(images.labels + [-1] * args.unlabelled))
     if args.unlabelled:
@@ -548,7 +547,7 @@ def train(args: Args, run: common.Run, data: common.Data, pool, given: dict, lab
     weights = dict(w_a=args.auxiliary_weight, w_o=args.orthogonality_weight, smoothing=args.label_smoothing)
     weights |= dict(w_c=args.consistency_weight if labels == "amst" else 0.0)
     # choice: labels are no better than the classifier that gives them, so it learns from real images alone
-    # first, in steps of the same size; a pretrained one may do without (--burn_in 0)
+    # first, in batches of as many views; a pretrained one may do without (--burn_in 0)
     burn_in = int(args.burn_in * args.epochs) if pool and labels not in given else 0
 
     for epoch in run.epochs(LABELS[labels], args.epochs, model=net, optimizer=optimizer):

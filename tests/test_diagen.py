@@ -402,8 +402,9 @@ def test_prompts_survive_their_file(prompts, tmp_path, monkeypatch):
 
 BAD = {
     "class_name;class_idx;prompt\n": "has no prompts",
-    "owl;0;an owl\nowl,0,an owl": "line 2 has 1 columns, not the three class_name;class_idx;prompt",
-    "owl;0;an owl;at night": "line 1 has 4 columns",
+    "owl;0;an owl\nowl,0,an owl": "line 2: .'owl,0,an owl'. is not class_name;class_idx;prompt",
+    "owl;0;an owl;at night": "line 1: .'owl', '0', 'an owl', 'at night'. is not",
+    'owl;0;"an owl\nowl;0;an owl': "line 2: .'owl', '0', 'an owl.*'. is not",
     "class_name;class_idx;prompt\n\n\ndog;1;a dog": "line 4: .* no class 'dog'",
     "owl;0;an owl\nowl;0;a photo": "line 2: 'owl' or {name} must be in the prompt exactly once",
     "owl;0;an owl beside an owl": "line 1: 'owl' or {name} must be in the prompt exactly once",
