@@ -71,7 +71,7 @@ def say(line: str) -> None:
 
 def from_pretrained(cls, model_id: str, **options):
     """cls.from_pretrained(model_id). Raises UserError if there is no such model, by id or as a folder."""
-    advice = "there is no such folder; a model id of the hub needs a network and, if it is gated, its licence"
+    advice = "there is no such folder; a hub model needs a network and, if gated, a login that may read it"
     if Path(model_id).exists():
         advice = "it must be a folder that save_pretrained wrote, whole and of this kind"
     try:
@@ -89,7 +89,7 @@ def native_dtype(device: str) -> torch.dtype:
 
 def load_pipeline(model_id: str, device="cpu", dtype=None, checkpointing: bool = False):
     """A frozen StableDiffusionPipeline, by default in native_dtype; UserError if it is no SD 1 or 2."""
-    diffusers.utils.logging.set_verbosity(50)  # an error is raised as well
+    diffusers.utils.logging.set_verbosity(50)  # it logs errors that it also raises
     for package in (diffusers, transformers):
         package.utils.logging.disable_progress_bar()
     options = {"safety_checker": None, "requires_safety_checker": False}
@@ -113,7 +113,7 @@ def check_prompt(pipe, prompt: str, names: list[str], where: str, learned: bool 
     before, room = prompt.split("{}")[0], pipe.tokenizer.model_max_length - 2  # without start and end
     for name in names:
         end = len(pipe.tokenizer.tokenize(before if learned else before + name, verbose=False)) + learned
-        require(end <= room, f"{where}: '{name}' ends at token {end}, but {room} are read; shorten it")
+        require(end <= room, f"{where}: '{name}' ends at token {end}, but {room} are read; shorten the text")
 
 
 def encode(pipe, images: torch.Tensor) -> torch.Tensor:
@@ -131,11 +131,11 @@ def decode(pipe, latents: torch.Tensor, clamp: bool = True) -> torch.Tensor:
 
 
 def ddim(pipe, steps: int, strength: float):
-    """A DDIMScheduler set to `steps`, and the last `strength` of its timesteps [S], at least one."""
+    """A DDIMScheduler set to `steps`, and the last share `strength` of its timesteps [S], or UserError."""
     # never clip latents: other schedulers' configs leave clip_sample to DDIM's default, True
     scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
     trained, used = scheduler.config.num_train_timesteps, int(steps * strength)
-    none = f"--steps {steps} with --strength {strength} leaves no step of the {trained} of the training"
+    none = f"--steps {steps} with --strength {strength} leaves no step, or more than the model's {trained}"
     require(1 <= used <= steps <= trained, none)
     scheduler.set_timesteps(steps)
     require(scheduler.timesteps[-used] < trained, none)
@@ -149,7 +149,7 @@ def generator(*key: int) -> torch.Generator:
 
 
 def options(function: Callable, args) -> dict:
-    """The arguments that a function takes by keyword only, as far as `args` has them."""
+    """{name: value} of those attributes of `args` that are keyword-only arguments of the function."""
     taken = [p.name for p in inspect.signature(function).parameters.values() if p.kind == p.KEYWORD_ONLY]
     return {name: getattr(args, name) for name in taken if hasattr(args, name)}
 
@@ -226,7 +226,7 @@ def build_classifier(args, class_names: list[str]) -> Classifier:
         return Classifier(backbone, nn.Linear(96, len(class_names)))
     try:
         try:
-            net = timm.create_model(name, pretrained, num_classes=0, img_size=size)  # transformers' is fixed
+            net = timm.create_model(name, pretrained, num_classes=0, img_size=size)  # a ViT's is fixed
         except TypeError:
             net = timm.create_model(name, pretrained, num_classes=0)
         if size <= 64 and isinstance(net, timm.models.ResNet) and isinstance(old := net.conv1, nn.Conv2d):
@@ -247,10 +247,10 @@ def build_classifier(args, class_names: list[str]) -> Classifier:
 
 
 def make_accelerator():
-    """Accelerate's engine, in the precision that `accelerate launch` names, else that of native_dtype."""
+    """An Accelerator, in `accelerate launch`'s precision; in native_dtype if that is "no" or not given."""
     gpu, named = torch.cuda.is_available(), os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     native = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(native_dtype("cuda" if gpu else "cpu"), "no")
-    wait = InitProcessGroupKwargs(timeout=timedelta(days=7))  # one may ask a language model meanwhile
+    wait = InitProcessGroupKwargs(timeout=timedelta(days=7))  # others wait while one asks a language model
     cpu = not gpu and int(os.environ.get("WORLD_SIZE", 1)) > 1
     return Accelerator(cpu=cpu, mixed_precision=native if named == "no" else named, kwargs_handlers=[wait])
 
@@ -426,8 +426,8 @@ class Data:
     """The splits of a data set, None where it has no such split.
 
     folders: the data set's own names of the classes; class_names: in English, for prompts
-    unlabelled: stl10's, or what a few-shot draw left; some may have labels, but no method trains on those
-    truth: images, accelerator -> the classes [N] that they show, as digits' oracle reads them; else None
+    unlabelled: stl10's, or the images that examples_per_class left; no method trains on their labels
+    truth: (images, accelerator) -> the classes [N] that the images show, by digits' oracle; else None
     """
 
     folders: list[str]
@@ -508,7 +508,7 @@ def make_transforms(size: int, augment: str = "none", square: str = "crop") -> t
 
 
 def for_generator(images: Images, pipe, square: str) -> Images:
-    """The images as the pipeline takes them, whole or cropped to squares; square: see make_transforms."""
+    """The images as the pipeline takes them, squeezed or cropped to squares; square: see make_transforms."""
     size = pipe.unet.config.sample_size * pipe.vae_scale_factor
     return images.seen(make_transforms(size, "none", square)[1])
 
@@ -546,7 +546,7 @@ def name_classes(folders: list[str], file: Path | None) -> list[str]:
     return [*names.values()]
 
 
-# what the methods' recipes for digits share; chosen for standard augmentation alone, see digits/RESULTS.md
+# what the recipes for digits share; tuned on standard augmentation, without a method: digits/RESULTS.md
 DIGITS = dict(diffusion=DIGITS_SD, classifier="small_cnn", image_size=32, augment="digits", workers=0)
 DIGITS |= dict(examples_per_class=24, batch_size=8, optimizer="adamw", lr=0.002, weight_decay=0.05)
 TORCHVISION = dict(cifar10="CIFAR10", cifar100="CIFAR100", stl10="STL10", caltech101="Caltech101")
@@ -562,7 +562,7 @@ IMAGENET = timm.data.ImageNetInfo()
 def load_data(dataset, data_dir, image_size, augment="none", examples_per_class=0, seed=0, **options) -> Data:
     """Loads a data set by the arguments of RunArgs, or downloads it; transforms: see make_transforms.
 
-    options: class_names, skip_bad_images, style, label_column, unlabelled; UserError for what is wrong there
+    options: class_names, skip_bad_images, style, label_column, unlabelled. UserError if the data are bad
     """
     loaders = {"digits": _digits, "coco": _coco, "imagenet": _folder, "folder": _folder, "hf": _hf}
     data = loaders.get(dataset, _torchvision)(data_dir, name=dataset, **options)
@@ -630,7 +630,7 @@ def load_oracle() -> Classifier:
 
 
 def _folder(root: str, name: str = "folder", skip_bad_images: bool = False, **_) -> Data:
-    """`train/CLASS/*`, optionally `test`, `val` (ImageNet's test) and `test_ood`; or class folders alone."""
+    """`train/CLASS/*`, optionally `test`, `val` (imagenet: its test), `test_ood`; or class folders alone."""
 
     def check(file) -> tuple[Path, str]:
         try:
@@ -669,7 +669,7 @@ def _folder(root: str, name: str = "folder", skip_bad_images: bool = False, **_)
 
 
 def _hf(root: str, label_column: str = "", **_) -> Data:
-    """OWNER/NAME of the Hugging Face hub, or what `save_to_disk` wrote. Without test, val is it."""
+    """OWNER/NAME of the Hugging Face hub, or what `save_to_disk` wrote. Without test, val serves as test."""
     import datasets
 
     saved = "a folder that datasets' save_to_disk wrote; class folders are --dataset folder"
@@ -683,7 +683,7 @@ def _hf(root: str, label_column: str = "", **_) -> Data:
     features, splits = found["train"].features, {}
     images = [c for c, feature in features.items() if isinstance(feature, datasets.Image)]
     labels = [c for c, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
-    label = label_column or "".join(labels)  # of several, there is no such column
+    label = label_column or "".join(labels)  # several names joined are no column: refused below
     require(images and label in features, f"'{root}' has {', '.join(features)}; give --label_column")
     names = dict(enumerate(getattr(features[label], "names", [])))
     for split, part in found.items():
@@ -794,7 +794,7 @@ class Run:
             write_file(self.path / name, value)
 
     def once(self, name: str, compute, together: bool = False):
-        """Returns what the file `name` keeps: compute(), by the main process, or by all `together`."""
+        """What file `name` holds; if none, compute(), which runs on the main process, or on all if `together`."""
         missing = not (self.path / name).exists()
         self.accelerator.wait_for_everyone()
         if missing and (self.main or together):
@@ -901,7 +901,7 @@ def read_file(path: Path, default=None):
 def load_classifier(folder: str, title: str) -> tuple[Classifier, list[str]]:
     """A run's trained classifier, images [B, 3, S, S] in [0, 1] -> logits [B, K], and its class names.
 
-    title: as the run prints it; S: its --image_size. It is DreamDA's main head, or DIAGen's best epoch.
+    title: as in the run's table; S: the run's --image_size; DreamDA: the main head; DIAGen: the best epoch.
     """
     state, config = (read_file(Path(folder, file)) for file in (f"{slug(title)}.pt", "config.json"))
     require(state and config, f"{folder} has no trained classifier '{title}'")
@@ -935,7 +935,7 @@ def read_records(folder: Path, class_names: list[str]) -> list[dict]:
 
 
 def cost(pipe, images: int, passes: int) -> str:
-    """What it takes to generate so many images: U-Net passes of one image each, and half of their bytes."""
+    """The cost of so many images, as text: U-Net passes for each, and gigabytes at 1.5 bytes a pixel."""
     gigabytes = images * (pipe.unet.config.sample_size * pipe.vae_scale_factor) ** 2 * 1.5 / 1e9
     return f"{images} images ({passes} U-Net passes each, {gigabytes:.2g} GB)"
 
@@ -947,7 +947,7 @@ def save_grid(images: torch.Tensor, path: Path, columns: int) -> None:
 
 
 def save_variations(real: Images, files: list[Path], path: Path, rows: int = 10, columns: int = 9) -> None:
-    """Draws some of the real images, each beside its first variations; `files`: as many of each, in order."""
+    """Draws some of the real images, each beside its first variations; `files`: M for each, in order."""
     M, chosen = len(files) // len(real), np.unique(np.linspace(0, len(real) - 1, rows).astype(int))
     shown = [s for i in chosen for s in (real.sources[i], *files[i * M : (i + 1) * M][:columns])]
     save_grid(torch.stack([real.transform(open_image(s)) for s in shown]), path, 1 + min(M, columns))
@@ -983,7 +983,7 @@ class RunArgs:
     class_names: str = HfArg(default="", help="file of lines FOLDER,NAME; else data_dir's classes.txt")
     label_column: str = HfArg(default="", help="hf: the column of labels, if it is not clear")
     skip_bad_images: bool = HfArg(default=False, help="leave out images that cannot be read")
-    style: float | None = number("[0, 1]", "digits: distance from the generator's images; by default 0.65")
+    style: float | None = number("[0, 1]", "digits: how far from the generator's style; by default 0.65")
     out: str = HfArg(default="", help="run folder; if none is given, runs/METHOD-DATASET-sSEED")
     overwrite: bool = HfArg(default=False, help="start afresh if the folder holds a run")
     seed: int = number("[0, 4294967295]", "seed of every random draw", 0)
@@ -997,7 +997,7 @@ class RunArgs:
     steps: int | None = number("[1, 10000]", "sampling steps")
     guidance_scale: float | None = number("[0, 100]", "scale of classifier-free guidance")
     generation_batch_size: int = number("[1, 1e6]", "images that are generated at a time", 8)
-    square: Literal["squeeze", "crop"] = HfArg(default="squeeze", help="how real images become square for it")
+    square: Literal["squeeze", "crop"] = HfArg(default="squeeze", help="makes the generator's inputs square")
     gradient_checkpointing: bool = HfArg(default=False, help="less memory for gradients, but slower")
     examples_per_class: int = number("[0, 1e9]", "real training images per class; 0 takes all", 0)
     classifier: str = HfArg(default="resnet50", help="small_cnn, clip, or any model of timm")
@@ -1023,7 +1023,7 @@ class Method:
 
     recipes: values by data set, by "DATASET/CLASSIFIER", by --method, or for all by "*"; later ones win, and
         arguments that are given win over all
-    ladder: {rung: changed arguments}; synthetic="RUNG" takes the images of that rung, embeddings its tokens
+    ladder: {rung: changed arguments}; synthetic="RUNG" takes that rung's images, embeddings="RUNG" its tokens
     run: (args, run, data, pipe) -> {title of a classifier: its scores}; the last is the method's
     """
 
@@ -1134,7 +1134,7 @@ def main(method: Method) -> None:
         if args.ladder:
             return say(run_ladder(method, given, accelerator))
         return say(report(run_once(method, args, accelerator), args.out))
-    except UserError as error:  # from a loading worker it comes with the worker's traceback before it
+    except UserError as error:  # a DataLoader worker puts its traceback before the message
         message = " ".join(str(error).rpartition("UserError: ")[2].split())
     except torch.OutOfMemoryError:
         message = "out of GPU memory; lower --generation_batch_size, or --batch_size if it was training"
