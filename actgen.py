@@ -294,7 +294,7 @@ def generate(
     image_size: int = 224,
     on_step: Callable | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Draws variants of `guides`: images [B, 3, H, W] in [0, 1], latents [B, C, h, w], the last masks m_t.
+    """Draws variants of `guides`: images [B, 3, H, W] in [0, 1], latents [B, C, h, w], ClassAttention.mask().
 
         (1)  x^_0      = (x_t - sqrt(1 - alpha_t) eps) / sqrt(alpha_t)   eps with classifier-free guidance
         (2)  L         = L_contra(x^_0) + lambda L_adv(x^_0)             L_contra times contrastive_weight

@@ -630,7 +630,7 @@ def load_oracle() -> Classifier:
 
 
 def _folder(root: str, name: str = "folder", skip_bad_images: bool = False, **_) -> Data:
-    """`train/CLASS/*`, optionally `test`, `val` (imagenet: its test), `test_ood`; or class folders alone."""
+    """`train/CLASS/*`, optionally `test`, `val` (as imagenet's test), `test_ood`; or class folders alone."""
 
     def check(file) -> tuple[Path, str]:
         try:
@@ -984,7 +984,7 @@ class RunArgs:
     label_column: str = HfArg(default="", help="hf: the column of labels, if it is not clear")
     skip_bad_images: bool = HfArg(default=False, help="leave out images that cannot be read")
     style: float | None = number("[0, 1]", "digits: how far from the generator's style; by default 0.65")
-    out: str = HfArg(default="", help="run folder; if none is given, runs/METHOD-DATASET-sSEED")
+    out: str = HfArg(default="", help="run folder; by default runs/SCRIPT-DATASET[-ladder]-sSEED")
     overwrite: bool = HfArg(default=False, help="start afresh if the folder holds a run")
     seed: int = number("[0, 4294967295]", "seed of every random draw", 0)
     ladder: bool = HfArg(default=False, help="run the ablation ladder over --seeds seeds")

@@ -591,7 +591,7 @@ def judge(args: Args, run: common.Run, data: common.Data, images: common.Images)
 
 
 def weigh(args: Args, run: common.Run, data: common.Data, records: list[dict], folder: Path):
-    """The variations, their weights [N, M], written into the metadata, and the filter's scores, if any."""
+    """The variations, their weights [N, M] (also in the metadata) and the filter's scores, if any."""
     images = common.images_of(records, folder, data.train.transform)
     weights, report = torch.full((len(data.train), args.variations), 1 / args.variations), {}
     if args.weighting:

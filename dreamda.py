@@ -84,8 +84,8 @@ PETS = dict(prompt="a photo of a {}, a breed of cat or dog")
 CIFAR = dict(image_size=32, augment="crop", variations=1)
 DIGITS = common.DIGITS | dict(steps=15, guidance_scale=4.0, generation_batch_size=40)
 DIGITS |= dict(noise_scale=12.0, relative_noise=True, variations=4, paths=1, burn_in=0.0, threshold=0.3)
-# choice: the paper's semi-supervised task, pretrained: from few images alone the heads know less than the
-# generator. The last layers, which are new, learn faster.
+# choice: the paper's semi-supervised task, pretrained: from few images alone, from scratch, the heads' labels
+# are worse than the sources'. The last layers, which are new, learn faster.
 DIGITS |= dict(examples_per_class=8, unlabelled=1000, pretrained=True, lr=1e-3, head_lr=16.0)
 DIGITS |= dict(auxiliary_lr=32.0, batch_size=3, synthetic_ratio=5 / 3, epochs=10, eval_every=10)
 RECIPES = {"*": SD15, "digits": DIGITS, "pets": PETS, "cifar10": CIFAR, "cifar100": CIFAR}

@@ -108,7 +108,7 @@ def decoded(pipe, latents: torch.Tensor) -> torch.Tensor:
 
 
 class Steps(list):
-    """The values that a sampler gives to its on_step=STEPS.add, on the CPU; STEPS["x0"] stacks all steps'."""
+    """What a sampler passes to its on_step=steps.add, on the CPU; steps["x0"]: all steps' x0, stacked."""
 
     def add(self, i, t, values) -> None:
         self.append({"i": i, "t": int(t.max())} | {k: v.detach().float().cpu() for k, v in values.items()})
@@ -173,7 +173,7 @@ def show_guides(run: Finished, records: list[dict], shown: list[dict], figure) -
 
 
 def show_guide(axes, pipe, steps: Steps, x0: list[torch.Tensor], guides, results: dict, g: int) -> None:
-    """Draws guide g: equations (1), (6), (5) and (6) at eight steps, then the results.
+    """Draws guide g: x^_0 (1), m_t (6), x^g (5) and x~ (6) at up to eight steps, then the results.
 
     Where gamma is next to 0 the guide is no longer mixed in: then there is no m_t and no x^g.
     """
@@ -236,7 +236,7 @@ def show_variations(run: Finished, figure) -> None:
 
 
 def show_votes(run: Finished, answers: dict[int, dict], figure) -> None:
-    """Draws the heads' votes on eight synthetic images, from votes/EPOCH.pt, and curves over all epochs."""
+    """Draws the heads' votes on eight synthetic images, and curves; answers: {epoch: its votes/EPOCH.pt}."""
     last, names = answers[max(answers)], run.data.class_names
     records = common.read_records(run.images, names)
     use = last["index"] < len(records)  # the others are unlabelled real images
