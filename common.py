@@ -477,7 +477,7 @@ def open_image(source) -> Image.Image:
         if image.has_transparency_data:
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
         image = image.convert("RGB")
-        image.filename = source  # for Images.name, if it is kept
+        image.filename = source if isinstance(source, Path) else ""  # for Images.name, if it is kept
         return image
     except Exception as error:  # of any kind, if the file is damaged
         name = source if isinstance(source, Path) else f"#{source[1]}"

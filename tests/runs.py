@@ -55,7 +55,7 @@ ACTGEN |= dict(few_shot=False)
 DREAMDA = dict(variations=2, steps=3, generation_batch_size=6, epochs=2, eval_every=2, batch_size=8, heads=2)
 DREAMDA |= dict(burn_in=0.0, synthetic_ratio=2.0, unlabelled=0, head_lr=1.0)
 DIAGEN = dict(epochs=2, iterations=2, filter_epochs=2, batch_size=4, steps=4, variations=2, inversion_steps=4)
-DIAGEN |= dict(inversion_batch_size=2, generation_batch_size=4, prompts_per_class=3)
+DIAGEN |= dict(inversion_batch_size=2, generation_batch_size=4, prompts_per_class=3, eval_every=1)
 DIGITS = {  # a tiny run on digits
     actgen: ACTGEN | dict(examples_per_class=4),
     dreamda: DREAMDA | dict(examples_per_class=1, threshold=0.0),
