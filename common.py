@@ -51,7 +51,7 @@ DIGITS_SD, DIGITS_CLEAN = (str(ROOT / "digits" / sd) for sd in ("sd", "sd_clean"
 
 
 class UserError(Exception):
-    """A mistake that the user can mend. Its one line says what is wrong and where, mostly what to do, too."""
+    """An error that the user can fix. Its message, one line, says what is wrong, where, and often the fix."""
 
 
 def require(condition, message: str) -> None:
@@ -70,7 +70,7 @@ def say(line: str) -> None:
 
 
 def from_pretrained(cls, model_id: str, **options):
-    """cls.from_pretrained(model_id). Raises UserError if there is no such model, by id or as a folder."""
+    """What cls.from_pretrained(model_id) returns; UserError if it fails. model_id: a hub id or a folder."""
     advice = "there is no such folder; a hub model needs a network and, if gated, a login that may read it"
     if Path(model_id).exists():
         advice = "it must be a folder that save_pretrained wrote, whole and of this kind"
@@ -81,14 +81,14 @@ def from_pretrained(cls, model_id: str, **options):
 
 
 def native_dtype(device: str) -> torch.dtype:
-    """bf16 on a GPU that computes in it, fp16 on an older GPU, else fp32; device: such as "cuda"."""
+    """bf16 on a GPU with native bf16, fp16 on other CUDA GPUs, else fp32. device: a type such as "cuda"."""
     if device != "cuda":
         return torch.float32
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
 def load_pipeline(model_id: str, device="cpu", dtype=None, checkpointing: bool = False):
-    """A frozen StableDiffusionPipeline, by default in native_dtype; UserError if it is no SD 1 or 2."""
+    """A frozen StableDiffusionPipeline; dtype: by default native_dtype. UserError if not SD 1 or 2."""
     diffusers.utils.logging.set_verbosity(50)  # it logs errors that it also raises
     for package in (diffusers, transformers):
         package.utils.logging.disable_progress_bar()
@@ -109,7 +109,7 @@ def load_pipeline(model_id: str, device="cpu", dtype=None, checkpointing: bool =
 
 
 def check_prompt(pipe, prompt: str, names: list[str], where: str, learned: bool = False) -> None:
-    """Raises UserError if the tokenizer cuts off a name, or the learned token in its place."""
+    """Raises UserError if the tokenizer cuts a name off the prompt; learned: one token stands for a name."""
     before, room = prompt.split("{}")[0], pipe.tokenizer.model_max_length - 2  # without start and end
     for name in names:
         end = len(pipe.tokenizer.tokenize(before if learned else before + name, verbose=False)) + learned
@@ -117,7 +117,7 @@ def check_prompt(pipe, prompt: str, names: list[str], where: str, learned: bool 
 
 
 def encode(pipe, images: torch.Tensor) -> torch.Tensor:
-    """Images [B, 3, H, W] in [0, 1] -> scaled latents [B, C, h, w], the posterior's mode: not random."""
+    """Images [B, 3, H, W] in [0, 1] -> scaled latents [B, C, h, w]: the posterior's mode, not a sample."""
     encoded = pipe.vae.encode((2 * images - 1).to(pipe.device, pipe.vae.dtype))
     tiny = hasattr(encoded, "latents")  # a tiny VAE has no posterior
     return (encoded.latents if tiny else encoded.latent_dist.mode()) * pipe.vae.config.scaling_factor
@@ -131,11 +131,11 @@ def decode(pipe, latents: torch.Tensor, clamp: bool = True) -> torch.Tensor:
 
 
 def ddim(pipe, steps: int, strength: float):
-    """A DDIMScheduler set to `steps`, and the last share `strength` of its timesteps [S], or UserError."""
+    """A DDIMScheduler of `steps` steps and its last int(steps * strength) timesteps; or raises UserError."""
     # never clip latents: other schedulers' configs leave clip_sample to DDIM's default, True
     scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
     trained, used = scheduler.config.num_train_timesteps, int(steps * strength)
-    none = f"--steps {steps} with --strength {strength} leaves no step, or more than the model's {trained}"
+    none = f"--steps {steps} with --strength {strength} leaves no step, or the model has only {trained}"
     require(1 <= used <= steps <= trained, none)
     scheduler.set_timesteps(steps)
     require(scheduler.timesteps[-used] < trained, none)
@@ -143,13 +143,13 @@ def ddim(pipe, steps: int, strength: float):
 
 
 def generator(*key: int) -> torch.Generator:
-    """A CPU generator seeded by any integers. One per image makes draws independent of batch and device."""
+    """A CPU generator, seeded by integers. With one per image, draws do not depend on batch or device."""
     seed = np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1
     return torch.Generator().manual_seed(int(seed))
 
 
 def options(function: Callable, args) -> dict:
-    """{name: value} of those attributes of `args` that are keyword-only arguments of the function."""
+    """The attributes of `args` that `function` takes as keyword-only arguments, as {name: value}."""
     taken = [p.name for p in inspect.signature(function).parameters.values() if p.kind == p.KEYWORD_ONLY]
     return {name: getattr(args, name) for name in taken if hasattr(args, name)}
 
@@ -160,7 +160,7 @@ def options(function: Callable, args) -> dict:
 class Classifier(nn.Module):
     """A backbone f and a linear head: images [B, 3, H, W] in [0, 1] -> logits [B, K].
 
-    backbone: images normalised by mean and std [3] -> f(x) [B, d]; frozen: f stays in evaluation mode
+    backbone: f, images normalised by mean, std [3] -> features [B, d]; if self.frozen, f stays in eval mode
     """
 
     def __init__(self, backbone: nn.Module, head: nn.Linear, mean=(0.5,) * 3, std=(0.5,) * 3):
@@ -205,7 +205,7 @@ class CLIPBackbone(nn.Module):
 
 @torch.no_grad()
 def clip_classifier(model_id: str, class_names: list[str]) -> Classifier:
-    """CLIP's image encoder with the zero-shot classifier of "a photo of a {name}" as its head."""
+    """CLIP's image encoder; its head holds the text features of "a photo of a {name}" (zero-shot)."""
     clip, tokenizer = (from_pretrained(cls, model_id) for cls in (CLIPModel, CLIPTokenizer))
     prompts = [f"a photo of a {name}" for name in class_names]
     text = clip.text_model(**tokenizer(prompts, padding=True, truncation=True, return_tensors="pt"))
@@ -216,7 +216,7 @@ def clip_classifier(model_id: str, class_names: list[str]) -> Classifier:
 
 
 def build_classifier(args, class_names: list[str]) -> Classifier:
-    """The classifier that the arguments name, with a new head; UserError if it cannot take the image size."""
+    """The Classifier that args name, with a new head (clip: zero-shot); UserError if it cannot be built."""
     name, size, pretrained = args.classifier, args.image_size, args.pretrained
     if name == "clip":
         return clip_classifier(args.clip, class_names)
@@ -241,13 +241,13 @@ def build_classifier(args, class_names: list[str]) -> Classifier:
     except (AssertionError, OSError, RuntimeError, ValueError) as error:
         other = f"small_cnn, clip or a model of timm that takes {size} pixels"
         raise UserError(f"--classifier {name}: give {other}, such as resnet50 ({error!s:.200})") from None
-    require(len(features) == 1, f"--classifier {name} has no feature vectors, but features {list(features)}")
+    require(len(features) == 1, f"--classifier {name}: its features are {list(features)}, not a vector")
     config, head = net.pretrained_cfg, nn.Linear(*features, len(class_names))
     return Classifier(net.train(), head, config["mean"], config["std"])
 
 
 def make_accelerator():
-    """An Accelerator, in `accelerate launch`'s precision; in native_dtype if that is "no" or not given."""
+    """An Accelerator with the precision of `accelerate launch`, or native_dtype if that is "no" or unset."""
     gpu, named = torch.cuda.is_available(), os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     native = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(native_dtype("cuda" if gpu else "cpu"), "no")
     wait = InitProcessGroupKwargs(timeout=timedelta(days=7))  # others wait while one asks a language model
@@ -256,9 +256,9 @@ def make_accelerator():
 
 
 def make_optimizer(name: str, net: nn.Module, lr: float, weight_decay: float, rates: dict[nn.Module, float]):
-    """SGD (Nesterov momentum 0.9), Adam or AdamW; rates: of parts of the network, in multiples of lr.
+    """SGD (Nesterov momentum 0.9), Adam or AdamW; rates: {part of net: learning rate in multiples of lr}.
 
-    Biases and normalisation layers do not decay, as in the released training scripts.
+    Biases and normalisation layers have no weight decay, as in the released training scripts.
     """
     factors, groups = {p: factor for part, factor in rates.items() for p in part.parameters()}, {}
     for p in filter(lambda p: p.requires_grad, net.parameters()):
@@ -269,9 +269,9 @@ def make_optimizer(name: str, net: nn.Module, lr: float, weight_decay: float, ra
 
 
 def new_classifier(args, accelerator, class_names: list[str], wrap=lambda net: net, rates=None):
-    """A new classifier by the arguments: (the network, the model to train over all processes, its optimizer).
+    """Returns (the network, the same as prepared by accelerate, its optimizer) of a new classifier.
 
-    wrap: network -> network; rates: network -> the rates of make_optimizer, by default {head: args.head_lr}
+    wrap: changes the new network; rates: network -> make_optimizer's rates; default {head: args.head_lr}
     """
     torch.manual_seed(args.seed)
     net = wrap(build_classifier(args, class_names)).to(memory_format=torch.channels_last)  # is faster
@@ -290,19 +290,19 @@ def cosine(progress: float, warmup: float = 0.0) -> float:
 
 
 def shuffled(n: int, samples: int, *key: int) -> torch.Tensor:
-    """`samples` indices of n images in random order, by the seed `key`; again and again if n is less."""
+    """`samples` indices of n images: one random permutation after another, seeded by the integers `key`."""
     g = generator(*key)
     return torch.cat([torch.randperm(n, generator=g) for _ in range(math.ceil(samples / n))])[:samples]
 
 
 def load(images, batch_size: int, accelerator, workers: int = 0, order=None, seed=(), drop_last=False):
-    """Batches of images x, labels y and indices i on the device, each batch split over the processes.
+    """A loader of batches (images x, labels y, indices i) on the device, each batch split over the processes.
 
-    order: the indices of the images, by default all; drop_last: a last batch that is not full
-    seed: integers. An image's augmentation depends on them and on its place in the order, on nothing else.
+    order: indices of the images to load, by default all; drop_last: drop a last batch that is not full
+    seed: integers; an image's augmentation depends only on them and on the image's position in `order`
     """
     place = accelerator.device, accelerator.num_processes, accelerator.process_index
-    require(batch_size % place[1] == 0, f"a batch of {batch_size} is not a multiple of {place[1]} processes")
+    require(batch_size % place[1] == 0, f"{place[1]} processes cannot share a batch of {batch_size} equally")
     order = [int(i) for i in (range(len(images)) if order is None else order)]
     if seed:
         seeds = torch.randint(2**62, (len(order),), generator=generator(*seed)).tolist()
@@ -315,9 +315,9 @@ def load(images, batch_size: int, accelerator, workers: int = 0, order=None, see
 
 
 def train_epoch(model, batches, optimizer, rates, accelerator, smoothing=0.0, loss_of=None) -> float:
-    """Trains on batches, each at its learning rate of `rates`; returns the mean loss.
+    """Trains on the batches and returns the mean loss; rates: one learning rate for each batch.
 
-    loss_of: batch -> loss; by default the cross-entropy of batches (x, y [B] or [B, K], i)
+    loss_of: batch -> loss; by default the cross-entropy of a batch (x, y, i), y [B] or [B, K]
     """
     loss_of = loss_of or (lambda batch: F.cross_entropy(model(batch[0]), batch[1], label_smoothing=smoothing))
     model.train()
@@ -339,22 +339,22 @@ def train_epoch(model, batches, optimizer, rates, accelerator, smoothing=0.0, lo
 
 @torch.no_grad()
 def predict(model, images, accelerator, workers=0, batch_size=64, reduce=lambda z: (z,), seed=()):
-    """The logits [N, K] and labels [N] of all images, on the CPU and equal on every process.
+    """The logits [N, K] and labels [N] of all images, on the CPU, the same on every process.
 
-    reduce: logits of a batch -> tensors to keep in their place; seed: see load; batch_size: of each process
+    reduce: a batch's logits -> the tensors to return instead; batch_size: per process; seed: see load
     """
     model.eval()
     outputs = []
     for x, y, _ in load(images, batch_size * accelerator.num_processes, accelerator, workers, seed=seed):
         with accelerator.autocast():
             logits = model(x).float()
-        require(logits.isfinite().all(), "the classifier's outputs are not numbers; lower --lr")
+        require(logits.isfinite().all(), "the classifier's outputs are NaN or infinite; lower --lr")
         outputs.append([t.cpu() for t in accelerator.gather_for_metrics((*reduce(logits), y))])
     return tuple(torch.cat(parts) for parts in zip(*outputs, strict=True))
 
 
 def evaluate(model, data: "Data", accelerator, workers: int = 0) -> dict[str, dict]:
-    """The scores of a classifier, or of its first head, on test and, if there are any, test_ood and val."""
+    """{split: scores} on test and, if present, test_ood and val; of several heads, the first one's."""
     splits = [split for split in ("test", "test_ood", "val") if split in data.splits()]
     found = {split: predict(model, data.splits()[split], accelerator, workers) for split in splits}
     return {split: scores(z if z.ndim == 2 else z[:, 0], y) for split, (z, y) in found.items()}
@@ -368,7 +368,7 @@ def scores(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
 
 
 def interval_text(values, sign: str = "") -> str:
-    """The mean ± half the 95 % interval (Student's t), or a single value; sign "+": for gains."""
+    """Text: mean ± half the 95 % interval (Student's t); one value has no interval. sign: "+" for gains."""
     half = f" ± {stats.t.ppf(0.975, len(values) - 1) * stats.sem(values):.1f}" if len(values) > 1 else ""
     return f"{np.mean(values):{sign}.1f}{half}"
 
@@ -378,7 +378,7 @@ def interval_text(values, sign: str = "") -> str:
 
 @dataclass
 class Images(Dataset):
-    """Labelled images. Item i is (transform(image), label, i); item (i, seed) is augmented by this seed."""
+    """Labelled images: images[i] is (transform(image), label, i); images[i, seed] seeds the transform."""
 
     sources: list  # image files, (data set, index) pairs, or PIL images, perhaps with their `filename`
     labels: list[int]
@@ -408,7 +408,7 @@ class Images(Dataset):
         return replace(self, sources=self.sources + other.sources, labels=self.labels + other.labels)
 
     def decoded(self) -> "Images":
-        """The same images in memory, if they take at most 2 GiB (of each process), judged by ten of them."""
+        """The same images, decoded in memory if they need at most 2 GiB per process (estimated from ten)."""
         sizes = [open_image(source).size for source in self.sources[:: len(self) // 10 + 1]]
         if len(self) * 3 * np.mean([width * height for width, height in sizes]) > 2**31:
             return self
@@ -423,11 +423,11 @@ class Images(Dataset):
 
 @dataclass
 class Data:
-    """The splits of a data set, None where it has no such split.
+    """The splits of a data set; a missing split is None.
 
-    folders: the data set's own names of the classes; class_names: in English, for prompts
-    unlabelled: stl10's, or the images that examples_per_class left; no method trains on their labels
-    truth: (images, accelerator) -> the classes [N] that the images show, by digits' oracle; else None
+    folders: the data set's own class names; class_names: the same classes in English, for prompts
+    unlabelled: stl10's own, or the images that examples_per_class leaves out; their labels train nothing
+    truth: for digits alone: (images, accelerator) -> the classes [N] that its oracle sees in the images
     """
 
     folders: list[str]
@@ -443,7 +443,7 @@ class Data:
         return {name: images for name, images in vars(self).items() if isinstance(images, Images)}
 
     def fingerprint(self) -> dict[str, str]:
-        """The classes, and of each split the number of images and a hash of their names, sizes and labels."""
+        """{part: text}: classes; per split, the image count and a hash of file names, file sizes, labels."""
         found = {"the list of classes": ", ".join(self.class_names)}
         for split, images in self.splits().items():
             files = [*map(images.name, range(len(images)))]
@@ -454,7 +454,7 @@ class Data:
 
 
 def open_image(source) -> Image.Image:
-    """A source of Images in RGB, upright by its EXIF tag, 16 bits scaled to 8, transparent parts in white."""
+    """Opens one of Images.sources as RGB: upright by EXIF, 16 bits scaled to 8, white where transparent."""
     if isinstance(source, Image.Image):
         return source
     try:
@@ -463,16 +463,16 @@ def open_image(source) -> Image.Image:
             image = next(iter(item.values())) if isinstance(item, dict) else item[0]
         else:
             image = Image.open(source)
-            # choice: a large JPEG is decoded at 1/2 to 1/8 if both sides keep 1,024 pixels: this is faster
+            # choice: decode a JPEG at 1/2 to 1/8 of its size if both sides stay >= 1,024 pixels: faster
             image.draft(None, (1024, 1024))
             image.load()
             with contextlib.suppress(Exception):  # damaged EXIF: the image as it is
                 image = ImageOps.exif_transpose(image)
         if image.mode.startswith(("I", "F")):  # PIL's own conversion would clip at 255
             grey = np.nan_to_num(np.asarray(image, float), posinf=0, neginf=0)
-            # white is 1 for floats up to about 1, else 2^n - 1 with the smallest n >= 8 that holds all values
+            # white is 1 for floats below 2, else 2^n - 1 with the smallest n >= 8 that holds all values
             bits = max(8, math.ceil(math.log2(max(grey.max(), 1) + 1)))
-            white = 1 if image.mode == "F" and grey.max() < 1.1 else 2**bits - 1
+            white = 1 if image.mode == "F" and grey.max() < 2 else 2**bits - 1
             image = Image.fromarray((grey * (255 / white)).round().clip(0, 255).astype(np.uint8))
         if image.has_transparency_data:
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
@@ -487,8 +487,8 @@ def open_image(source) -> Image.Image:
 def make_transforms(size: int, augment: str = "none", square: str = "crop") -> tuple[v2.Compose, v2.Compose]:
     """The training and the evaluation transform: PIL image in RGB -> float [3, size, size] in [0, 1].
 
-    augment: one of `kinds`; "+randaugment" after it adds RandAugment (Cubuk et al. 2019)
-    square: "squeeze" the sides or "crop" the centre, in evaluation and where no random crop makes the square
+    augment: a key of `kinds` below; with "+randaugment" appended, RandAugment (Cubuk et al. 2019), too
+    square: "squeeze" or "crop" to a square where no random crop does; squeezed and zoomed always squeeze
     """
     kind, pad, flip = augment.removesuffix("+randaugment"), max(1, size // 8), v2.RandomHorizontalFlip()
     squeeze, turn = [v2.Resize((size, size))], v2.RandomRotation(15, v2.InterpolationMode.BILINEAR)
@@ -508,7 +508,7 @@ def make_transforms(size: int, augment: str = "none", square: str = "crop") -> t
 
 
 def for_generator(images: Images, pipe, square: str) -> Images:
-    """The images as the pipeline takes them, squeezed or cropped to squares; square: see make_transforms."""
+    """The images at the pipeline's resolution, squeezed or cropped to squares (`square`), not augmented."""
     size = pipe.unet.config.sample_size * pipe.vae_scale_factor
     return images.seen(make_transforms(size, "none", square)[1])
 
@@ -532,7 +532,7 @@ def read_text(path: Path) -> str:
 
 
 def name_classes(folders: list[str], file: Path | None) -> list[str]:
-    """English names of the classes that a data set calls `folders`; file: of lines FOLDER,NAME for some."""
+    """English names of the class folders, in order; lines FOLDER,NAME of `file` replace some of them."""
     names = {folder: english(folder) for folder in folders}
     for number, line in enumerate(read_text(file).splitlines() if file else [], 1):
         folder, _, name = (part.strip() for part in line.partition(","))
@@ -542,7 +542,7 @@ def name_classes(folders: list[str], file: Path | None) -> list[str]:
     lower = [name.lower() for name in names.values()]
     odd = [n for n in names.values() if lower.count(n.lower()) > 1 or not re.search(r"[^\W\d_]", n)]
     if odd:
-        say(f"warning: {len(odd)} class names say little in prompts, such as '{odd[0]}'; see --class_names")
+        say(f"warning: {len(odd)} class names are unclear or alike, such as '{odd[0]}'; see --class_names")
     return [*names.values()]
 
 
@@ -560,10 +560,7 @@ IMAGENET = timm.data.ImageNetInfo()
 
 
 def load_data(dataset, data_dir, image_size, augment="none", examples_per_class=0, seed=0, **options) -> Data:
-    """Loads a data set by the arguments of RunArgs, or downloads it; transforms: see make_transforms.
-
-    options: class_names, skip_bad_images, style, label_column, unlabelled. UserError if the data are bad
-    """
+    """Loads a data set, downloading it if necessary. UserError if the data are bad. Arguments: see RunArgs."""
     loaders = {"digits": _digits, "coco": _coco, "imagenet": _folder, "folder": _folder, "hf": _hf}
     data = loaders.get(dataset, _torchvision)(data_dir, name=dataset, **options)
     own, file = Path(data_dir, "classes.txt"), options.get("class_names")
@@ -589,20 +586,20 @@ def load_data(dataset, data_dir, image_size, augment="none", examples_per_class=
 
 
 def draw_per_class(labels, count: Callable, seed: int) -> np.ndarray:
-    """Indices of random images of each class, class by class: count(n) of the n images of a class."""
+    """Random indices, class by class: of a class with n images, count(n) of them, without repetition."""
     rng, classes = np.random.default_rng(seed), np.unique(labels)
     members = (rng.permutation(np.flatnonzero(np.equal(labels, y))) for y in classes)
     return np.concatenate([own[: count(len(own))] for own in members])
 
 
 def split_per_class(labels, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Holds out a random `share` of each class, at least one image, never all: indices (others, held out)."""
+    """Indices (others, held out): a random `share` of each class, 1 to n - 1 of n images; of 1 image none."""
     held = draw_per_class(labels, lambda n: min(n - 1, max(1, round(share * n))), seed)
     return np.setdiff1d(np.arange(len(labels)), held), np.sort(held)
 
 
 def _data(folders: list, splits: dict[str, list[tuple]], where) -> Data:
-    """The Data of splits, {split: (source, class folder) pairs}; where: the data set's name for errors."""
+    """The Data of splits, {split: (image source, class folder) pairs}; where: its name in error messages."""
     require(len(folders) > 1, f"{where} has {len(folders)} classes; a classifier needs two or more")
     index, images = {name: i for i, name in enumerate(folders)}, {}
     for split, pairs in splits.items():
@@ -623,14 +620,14 @@ def _digits(root: str, style: float | None = None, **_) -> Data:
 
 
 def load_oracle() -> Classifier:
-    """Reads digits: images [B, 3, 32, 32] -> logits [B, 19] of 10 digits, then 6 colours, then 3 settings."""
+    """The judge of digits: images [B, 3, 32, 32] -> logits [B, 19]: 10 digits, 6 colours, 3 settings."""
     oracle = Classifier(small_cnn(32), nn.Linear(128, 19))
     oracle.load_state_dict(load_file(ROOT / "digits" / "oracle" / "model.safetensors"))
     return oracle.eval().requires_grad_(False)
 
 
 def _folder(root: str, name: str = "folder", skip_bad_images: bool = False, **_) -> Data:
-    """`train/CLASS/*`, optionally `test`, `val` (as imagenet's test), `test_ood`; or class folders alone."""
+    """Data of train/CLASS/*, and test, val, test_ood if present; or of CLASS/*. imagenet: val is the test."""
 
     def check(file) -> tuple[Path, str]:
         try:
@@ -651,7 +648,7 @@ def _folder(root: str, name: str = "folder", skip_bad_images: bool = False, **_)
             files = [Path(top, f) for top, _, found in os.walk(part) for f in found]
             files = [f for f in sorted(files) if not any(map(STRAY.match, f.relative_to(part).parts))]
             images = [f for f in files if f.suffix.lower() in kinds]
-            require(images, f"the class folder {part} has no images, but {len(files)} other files")
+            require(images, f"the class folder {part} has no images, only {len(files)} other files")
             class_name = unicodedata.normalize("NFC", part.name)
             splits.setdefault(split, []).extend((f, class_name) for f in images)
     files = [file for pairs in splits.values() for file, _ in pairs]
@@ -660,7 +657,7 @@ def _folder(root: str, name: str = "folder", skip_bad_images: bool = False, **_)
         checked = tqdm(checked, "checking images", len(files), leave=False)
         bad = {file: fault for file, fault in checked if fault}
     listed = f"{len(bad)} of {len(files)} images: {'; '.join([*bad.values()][:10])}"
-    require(skip_bad_images or not bad, f"{listed}; mend or delete them, or --skip_bad_images")
+    require(skip_bad_images or not bad, f"{listed}; repair or delete them, or give --skip_bad_images")
     if bad:
         say(f"left out {listed}")
     names = [*dict.fromkeys(name for _, name in splits["train"])]
@@ -669,22 +666,22 @@ def _folder(root: str, name: str = "folder", skip_bad_images: bool = False, **_)
 
 
 def _hf(root: str, label_column: str = "", **_) -> Data:
-    """OWNER/NAME of the Hugging Face hub, or what `save_to_disk` wrote. Without test, val serves as test."""
+    """Data of the Hugging Face hub (OWNER/NAME) or a `save_to_disk` folder; val serves as a missing test."""
     import datasets
 
-    saved = "a folder that datasets' save_to_disk wrote; class folders are --dataset folder"
+    saved = "a folder that datasets' save_to_disk wrote; for class folders, give --dataset folder"
     try:
         loaded = datasets.load_from_disk(root) if Path(root).exists() else datasets.load_dataset(root)
     except Exception as error:
         raise UserError(f"'{root}' is neither on the hub nor {saved} ({error!s:.200})") from None
     loaded = loaded if isinstance(loaded, dict) else {"train": loaded}
     found = {SPLITS[split.lower()]: part for split, part in loaded.items() if split.lower() in SPLITS}
-    require("train" in found, f"'{root}' has no split train, but {', '.join(loaded)}")
+    require("train" in found, f"'{root}' has no split train, only {', '.join(loaded)}")
     features, splits = found["train"].features, {}
     images = [c for c, feature in features.items() if isinstance(feature, datasets.Image)]
     labels = [c for c, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
     label = label_column or "".join(labels)  # several names joined are no column: refused below
-    require(images and label in features, f"'{root}' has {', '.join(features)}; give --label_column")
+    require(images and label in features, f"no image or label in {', '.join(features)}: see --label_column")
     names = dict(enumerate(getattr(features[label], "names", [])))
     for split, part in found.items():
         known, pictures = part[label], part.select_columns(images[:1])
@@ -698,7 +695,7 @@ def _hf(root: str, label_column: str = "", **_) -> Data:
 
 
 def _coco(root: str, **_) -> Data:
-    """`annotations/` beside `train2017/` and `val2017/`; a label is the largest object's category."""
+    """Data of annotations/, train2017/ and val2017/ (as test); a label: the largest object's category."""
     splits = {}
     for split, year in (("train", "train2017"), ("test", "val2017")):
         path = Path(root, "annotations", f"instances_{year}.json")
@@ -741,12 +738,12 @@ def _torchvision(root: str, name: str, unlabelled: int = 0, **_) -> Data:
 
 
 class Run:
-    """A run folder. Four verbs let a run that was stopped at any moment go on to the same result:
+    """A run folder. With these four methods, a run that was stopped resumes and ends with the same result:
 
-    for epoch in run.epochs("ActGen", 300, model=net)  the epochs still to do, a checkpoint after each
-    value = run.once("plan.json", compute, ...)        computed once, then read from its file
-    for batch in run.missing("drawing", files, 8)      batches of `files` that are not on disk yet
-    run.keep(images, files)                            writes the images of a batch
+    for epoch in run.epochs("ActGen", 300, model=net)  yields the epochs still to do; saves after each
+    value = run.once("plan.json", compute, ...)        computes a value once, then reads it from its file
+    for batch in run.missing("drawing", files, 8)      yields batches (of indices) that lack a file
+    run.keep(images, files)                            writes a batch of images
     """
 
     MAY_CHANGE = "out overwrite data_dir seeds workers generation_batch_size gradient_checkpointing".split()
@@ -768,23 +765,24 @@ class Run:
                 for old in sorted(self.path.glob("[!.]*"), key=lambda path: path.name == "config.json"):
                     shutil.rmtree(old) if old.is_dir() else old.unlink()  # config.json, its mark, goes last
             before = read_file(self.path / "config.json", self.config)["args"]
-            for key, now in vars(args).items():
-                old = before.get(key)
-                moved = isinstance(now, str) and Path(now).exists() and Path(now).name == Path(str(old)).name
+            for key in sorted(vars(args).keys() - self.MAY_CHANGE):
+                old, now = before.get(key), getattr(args, key)
+                moved = isinstance(now, str) and os.path.exists(now) and Path(now).name == Path(str(old)).name
                 message = f"{self.path} holds a run with --{key} {old}, this one has --{key} {now}"
                 message += " (a longer run has other learning rates)" * (key == "epochs")
-                same = key in self.MAY_CHANGE or old == now or moved
-                require(same, f"{message}; give another --out, or --overwrite")
+                require(old == now or moved, f"{message}; give another --out, or --overwrite")
         accelerator.wait_for_everyone()
 
     def begin(self, data: Data, plan: str) -> None:
-        """Writes config.json, after every check; says the plan. UserError if the data set has changed."""
+        """Call it after all checks. Writes config.json, prints the plan. UserError if the data changed."""
         versions = {m.__name__: m.__version__ for m in (torch, torchvision, diffusers, transformers)}
-        self.config |= {"data": data.fingerprint(), "class_names": data.class_names, "versions": versions}
+        files = [(k, v) for k, v in self.config["args"].items() if isinstance(v, str) and os.path.isfile(v)]
+        seen = data.fingerprint() | {f"--{k}": sha256(Path(v).read_bytes()).hexdigest() for k, v in files}
+        self.config |= {"data": seen, "class_names": data.class_names, "versions": versions}
         before = self.once("config.json", lambda: self.config)["data"]
         for part in self.config["data"] | before:
             now, was = self.config["data"].get(part), before.get(part)
-            changed = f"the data set changed since the run in {self.path} began: {part}: {now}, was {was}"
+            changed = f"the data changed since the run in {self.path} began: {part}: {now}, was {was}"
             require(now == was, f"{changed}; undo the change, or give another --out, or --overwrite")
         say(f"{self.path}: {plan}")
 
@@ -794,7 +792,7 @@ class Run:
             write_file(self.path / name, value)
 
     def once(self, name: str, compute, together: bool = False):
-        """What file `name` holds; if none, compute(), on the main process, or on all if `together`."""
+        """What file `name` holds; if missing, first writes compute(). together: all processes compute."""
         missing = not (self.path / name).exists()
         self.accelerator.wait_for_everyone()
         if missing and (self.main or together):
@@ -803,7 +801,7 @@ class Run:
         return read_file(self.path / name)
 
     def missing(self, title: str, files: list[Path], batch_size: int):
-        """Yields this process's batches, as lists of indices into `files`, of which a file is missing."""
+        """Yields this process's batches (lists of indices into `files`) that lack a file on disk."""
         rank, processes, clock = self.accelerator.process_index, self.accelerator.num_processes, time.time()
         batches = [[*range(len(files))[b : b + batch_size]] for b in range(0, len(files), batch_size)]
         todo = [b for b in batches[rank::processes] if not all(files[i].exists() for i in b)]
@@ -812,16 +810,16 @@ class Run:
         self.drawing += time.time() - clock
 
     def keep(self, images: torch.Tensor, files: list[Path]) -> None:
-        """Writes images [B, 3, H, W] in [0, 1] as PNG files; UserError if one is not made of numbers."""
+        """Writes images [B, 3, H, W] in [0, 1] as PNG files; UserError if a value is NaN or infinite."""
         require(images.isfinite().all(), "an image came out as NaN; lower --guidance_scale or the noise")
         for image, file in zip(images.float().cpu(), files, strict=True):
             write_file(file, image)
 
     def epochs(self, title: str, count: int, **parts):
-        """Yields the epochs (0 to count - 1) that are still to do, with a progress bar; seeds each of them.
+        """Yields the epochs (0 to count - 1) that are still to do, with a progress bar; seeds torch for each.
 
-        Before the first it restores the checkpoint TITLE.pt: the states of `parts` (models, optimizers) and
-        the log. After each it saves them, and writes what the epoch gave to `log` as a line of metrics.jsonl.
+        Before the first epoch it restores the checkpoint TITLE.pt, if any: the states of `parts` (models,
+        optimizers) and the logged lines. After each epoch it saves these, and writes metrics.jsonl.
         """
         scaler, file = getattr(self.accelerator, "scaler", None), f"{slug(title)}.pt"
         parts |= {"scaler": scaler} if scaler else {}  # of the losses, in fp16
@@ -841,16 +839,16 @@ class Run:
             self.write(file, {name: part.state_dict() for name, part in parts.items()} | {"log": log})
 
     def log(self, **values) -> None:
-        """Adds values to the present epoch's line of metrics.jsonl; of `scores` also each split's top-1."""
+        """Adds values to this epoch's line of metrics.jsonl; with `scores`, also the top-1 of each split."""
         self.line |= values | {k: score["top1"] for k, score in values.get("scores", {}).items()}
 
     def outcome(self, title: str) -> dict:
-        """The last scores of run.epochs(title, ...), and its seconds of training."""
+        """The last scores logged in run.epochs(title, ...), and "training": the seconds of all epochs."""
         scores = [line["scores"] for line in self.logs[title] if "scores" in line] or [{}]
         return scores[-1] | {"training": sum(line["seconds"] for line in self.logs[title])}
 
     def finish(self, result: dict | None = None) -> dict | None:
-        """Draws the curves and writes the result, which marks a finished run; or reads the result, if any."""
+        """The saved result, or None. First saves `result`, if given, and curves: the run is then finished."""
         if result and self.main:
             save_curves(self.logs, self.path / "curves.png")
             self.write("result.json", result)
@@ -884,7 +882,7 @@ def write_file(path: Path, value) -> None:
 
 
 def read_file(path: Path, default=None):
-    """Reads what write_file wrote, or returns the default if there is no such file; nothing is unpickled."""
+    """What write_file wrote, or the default if there is no such file; a .pt file can run no code."""
     if not path.exists():
         return default
     try:
@@ -899,9 +897,9 @@ def read_file(path: Path, default=None):
 
 
 def load_classifier(folder: str, title: str) -> tuple[Classifier, list[str]]:
-    """A run's trained classifier, images [B, 3, S, S] in [0, 1] -> logits [B, K], and its class names.
+    """(classifier, class names) of a run; the classifier: images [B, 3, S, S] in [0, 1] -> logits [B, K].
 
-    title: as in the run's table; S: the run's --image_size; DreamDA: the main head; DIAGen: the best epoch.
+    title: a row of the table the run prints; S: its --image_size. DreamDA: main head; DIAGen: best epoch
     """
     state, config = (read_file(Path(folder, file)) for file in (f"{slug(title)}.pt", "config.json"))
     require(state and config, f"{folder} has no trained classifier '{title}'")
@@ -913,19 +911,19 @@ def load_classifier(folder: str, title: str) -> tuple[Classifier, list[str]]:
 
 
 def record(class_names: list[str], label: int, stem: str, seed: list[int]) -> dict:
-    """The metadata of a synthetic image: its file in a folder of its class, its label, its random seed."""
+    """Metadata of a synthetic image: file name (in a folder per class), label, class name, random seed."""
     # the folder begins with the label, so that ImageFolder finds the same labels
     folder = f"{label:04d} " + re.sub(r"[^\w ()'-]", "_", class_names[label])[:60].strip()
     return dict(file_name=f"{folder}/{stem}.png", label=label, class_name=class_names[label], seed=seed)
 
 
 def images_of(records: list[dict], folder: Path, transform) -> Images:
-    """The synthetic images of the records, which lie in `folder`, with their labels."""
+    """The Images, with labels, that the records describe; their files are in `folder`."""
     return Images([folder / r["file_name"] for r in records], [r["label"] for r in records], transform)
 
 
 def read_records(folder: Path, class_names: list[str]) -> list[dict]:
-    """The metadata of another run's images, for --synthetic; UserError if they are missing or others."""
+    """The records of a run's images, for --synthetic; UserError if files are missing or classes differ."""
     records = read_file(folder / "metadata.jsonl", [])
     there = records and all((folder / r["file_name"]).exists() for r in records)
     require(there, f"--synthetic: {folder} lacks images or their metadata; finish that run first")
@@ -935,26 +933,26 @@ def read_records(folder: Path, class_names: list[str]) -> list[dict]:
 
 
 def cost(pipe, images: int, passes: int) -> str:
-    """The cost of so many images, as text: U-Net passes for each, and gigabytes at 1.5 bytes a pixel."""
+    """Text: the number of images, `passes` U-Net passes for each, and gigabytes at 1.5 bytes per pixel."""
     gigabytes = images * (pipe.unet.config.sample_size * pipe.vae_scale_factor) ** 2 * 1.5 / 1e9
     return f"{images} images ({passes} U-Net passes each, {gigabytes:.2g} GB)"
 
 
 def save_grid(images: torch.Tensor, path: Path, columns: int) -> None:
-    """Writes images [N, 3, H, W] in [0, 1] as one PNG grid of tiles of 64 pixels or more."""
+    """Writes images [N, 3, H, W] in [0, 1] as one PNG grid; enlarges images of W <= 32."""
     tiles = F.interpolate(images.float().cpu(), scale_factor=max(1, 64 // images.shape[-1]))
     write_file(path, torchvision.utils.make_grid(tiles, nrow=columns, pad_value=1.0).clamp(0, 1))
 
 
 def save_variations(real: Images, files: list[Path], path: Path, rows: int = 10, columns: int = 9) -> None:
-    """Draws some of the real images, each beside its first variations; `files`: M for each, in order."""
+    """Writes a picture: a row is a real image and its first variations. files: M per real image, in order."""
     M, chosen = len(files) // len(real), np.unique(np.linspace(0, len(real) - 1, rows).astype(int))
     shown = [s for i in chosen for s in (real.sources[i], *files[i * M : (i + 1) * M][:columns])]
     save_grid(torch.stack([real.transform(open_image(s)) for s in shown]), path, 1 + min(M, columns))
 
 
 def save_curves(series: dict[str, list[dict]], path: Path) -> None:
-    """Draws accuracies and losses over epochs, per series."""
+    """Plots accuracy and loss over the epochs; series: {title: the lines of metrics.jsonl}."""
     figure = Figure(figsize=(10, 3.6), layout="constrained")
     panels = {"test": "-", "test_ood": "--", "val": ":"}, {"loss": "-"}
     for axes, keys in zip(figure.subplots(1, 2), panels, strict=True):
@@ -970,20 +968,20 @@ def save_curves(series: dict[str, list[dict]], path: Path) -> None:
 
 
 def number(interval: str, help: str, default=None, **options):
-    """An argument whose numbers must lie in an interval such as "(0, 1]", which --help shows."""
+    """An argument of one or more numbers in an interval such as "(0, 1]"; --help shows the interval."""
     return HfArg(help=help, metadata={"metavar": interval}, **(options or {"default": default}))
 
 
 @dataclass
 class RunArgs:
-    """The arguments of every method. The data set's recipe replaces these defaults."""
+    """The arguments that all methods share. A recipe (see Method) replaces some of these defaults."""
 
     dataset: str = HfArg(default="digits", help=", ".join(DATASETS))
-    data_dir: str = HfArg(default="data", help="folder of the data set; hf: its id, OWNER/NAME")
-    class_names: str = HfArg(default="", help="file of lines FOLDER,NAME; else data_dir's classes.txt")
-    label_column: str = HfArg(default="", help="hf: the column of labels, if it is not clear")
+    data_dir: str = HfArg(default="data", help="data set's folder; hf: hub id OWNER/NAME, or folder")
+    class_names: str = HfArg(default="", help="file with lines FOLDER,NAME; by default DATA_DIR/classes.txt")
+    label_column: str = HfArg(default="", help="hf: label column; by default the only ClassLabel column")
     skip_bad_images: bool = HfArg(default=False, help="leave out images that cannot be read")
-    style: float | None = number("[0, 1]", "digits: how far from the generator's style; by default 0.65")
+    style: float | None = number("[0, 1]", "digits: how far its style is from the generator's; 0.65 if unset")
     out: str = HfArg(default="", help="run folder; by default runs/SCRIPT-DATASET[-ladder]-sSEED")
     overwrite: bool = HfArg(default=False, help="start afresh if the folder holds a run")
     seed: int = number("[0, 4294967295]", "seed of every random draw", 0)
@@ -996,35 +994,35 @@ class RunArgs:
     prompt: str = HfArg(default="a photo of a {}", help="prompt; {} stands for the class name")
     steps: int | None = number("[1, 10000]", "sampling steps")
     guidance_scale: float | None = number("[0, 100]", "scale of classifier-free guidance")
-    generation_batch_size: int = number("[1, 1e6]", "images that are generated at a time", 8)
-    square: Literal["squeeze", "crop"] = HfArg(default="squeeze", help="makes the generator's inputs square")
-    gradient_checkpointing: bool = HfArg(default=False, help="less memory for gradients, but slower")
+    generation_batch_size: int = number("[1, 1e6]", "images generated at once, on each GPU", 8)
+    square: Literal["squeeze", "crop"] = HfArg(default="squeeze", help="how generator inputs become square")
+    gradient_checkpointing: bool = HfArg(default=False, help="generator: less gradient memory, but slower")
     examples_per_class: int = number("[0, 1e9]", "real training images per class; 0 takes all", 0)
     classifier: str = HfArg(default="resnet50", help="small_cnn, clip, or any model of timm")
     pretrained: bool = HfArg(default=False, help="start from pretrained weights")
     frozen: bool = HfArg(default=False, help="train only the classifier's last linear layer")
     clip: str = HfArg(default="openai/clip-vit-base-patch32", help="CLIP model, where CLIP is used")
     image_size: int = number("[8, 1024]", "side of the classifier's images in pixels", 224)
-    augment: str = HfArg(default="resized", help="crop, resized, squeezed, zoomed, none (+randaugment)")
+    augment: str = HfArg(default="resized", help="(digits|crop|resized|squeezed|zoomed|none)[+randaugment]")
     epochs: int | None = number("[1, 1e6]", "training epochs")
-    batch_size: int | None = number("[2, 1e6]", "real images in a training batch, over all GPUs")
+    batch_size: int | None = number("[2, 1e6]", "images in a batch, over all GPUs (dreamda: real images)")
     optimizer: Literal["sgd", "adam", "adamw"] = HfArg(default="sgd", help="optimizer")
     lr: float | None = number("(0, 100]", "peak learning rate")
     head_lr: float = number("(0, 1000]", "learning rate of the last layer, in multiples of --lr", 1.0)
     weight_decay: float = number("[0, 1]", "weight decay", 1e-4)
-    warmup: float = number("[0, 1)", "share of the epochs in which the learning rate warms up", 0.0)
-    label_smoothing: float = number("[0, 1)", "share of a label that all classes get alike", 0.0)
+    warmup: float = number("[0, 1)", "share of the epochs with linear warm-up (not in diagen)", 0.0)
+    label_smoothing: float = number("[0, 1)", "share of a label spread evenly over all classes", 0.0)
     eval_every: int = number("[1, 1e6]", "epochs from one evaluation to the next", 1)
 
 
 @dataclass
 class Method:
-    """A script: its name, arguments, recipes and ladder, and the function that makes a run.
+    """A script: its name, arguments (a class), recipes, ablation ladder, and the function that does a run.
 
-    recipes: values by data set, by "DATASET/CLASSIFIER", by --method, or for all by "*"; later ones win, and
-        arguments that are given win over all
+    recipes: {key: arguments}; keys: DATASET, "DATASET/CLASSIFIER", a value of --method, or "*" (always).
+        Later keys win over earlier ones, the command line over all
     ladder: {rung: changed arguments}; synthetic="RUNG" takes that rung's images, embeddings="RUNG" its tokens
-    run: (args, run, data, pipe) -> {title of a classifier: its scores}; the last is the method's
+    run: (args, run, data, pipe) -> {classifier's title: its scores}; the last classifier is the method's
     """
 
     name: str
@@ -1034,12 +1032,12 @@ class Method:
     run: Callable
 
     def recipe(self, dataset: str = "digits", classifier: str = "", method: str = "", **_) -> dict:
-        """The values of a data set's recipe."""
+        """The values of all recipes that apply, merged; see `recipes` of Method."""
         words = {"*", dataset, classifier, method}
         return {k: v for key, vs in self.recipes.items() if {*key.split("/")} <= words for k, v in vs.items()}
 
     def arguments(self, **given):
-        """The arguments by the recipe and those that are given. Raises UserError if a value cannot be."""
+        """All arguments: given, else the recipe's, else defaults. UserError if a value is not allowed."""
         args = self.args(**self.recipe(**given) | given)
         for field in fields(args):
             value, interval = getattr(args, field.name), field.metadata.get("metavar", "")
@@ -1057,7 +1055,7 @@ class Method:
         return args
 
     def parse(self) -> dict:
-        """The arguments that are given on the command line; --help shows the values of the recipe."""
+        """{name: value} of only the arguments on the command line; --help shows the recipe's values."""
         about, quiet = sys.modules["__main__"].__doc__.split("\n")[0], argparse.SUPPRESS
         bare = HfArgumentParser(self.args, usage=quiet, add_help=False, allow_abbrev=False)
         bare.set_defaults(**{field.name: None for field in fields(self.args)})
@@ -1069,7 +1067,7 @@ class Method:
 
 
 def run_once(method: Method, args, accelerator) -> dict:
-    """Makes one run in args.out. A finished run's result is read from its folder."""
+    """The result of the run in args.out: runs it or, if it is finished, reads its result."""
     inside = Path(args.out).resolve().is_relative_to(Path(args.data_dir).resolve())
     require(args.dataset != "folder" or not inside, f"--out {args.out} is in --data_dir; give another --out")
     run = Run(args, accelerator)
@@ -1112,7 +1110,7 @@ def run_ladder(method: Method, given: dict, accelerator) -> str:
 
 
 def report(result: dict[str, dict], out: str) -> str:
-    """The last lines of a run: accuracies, and gains over the first ones; notes, images, seconds."""
+    """The text that ends a run: accuracies, gains over the first classifier, notes, images, seconds."""
     first, *others = result.values()
     splits = [split for split in ("test", "test_ood") if split in first]
     gain = "    gain" * bool(others)

@@ -62,25 +62,25 @@ METHODS = {"diagen": "DIAGen", "da_fusion": "DA-Fusion", "real_guidance": "Real 
 class Args(common.RunArgs):
     """DIAGen's own arguments. The data set's recipe replaces these defaults; see --dataset NAME --help."""
 
-    method: Literal[*METHODS] = HfArg(default="diagen", help="the baselines are DIAGen without its parts")
+    method: Literal[*METHODS] = HfArg(default="diagen", help="DIAGen or a baseline without some of its parts")
     inversion_steps: int = number("[1, 1e6]", "training steps of Textual Inversion", 1000)
-    inversion_batch_size: int = number("[1, 1000]", "images in such a step, all of one class", 4)
-    inversion_lr: float = number("(0, 1]", "learning rate of Textual Inversion: 5e-4 x its batch", 2e-3)
-    initializer: str = HfArg(default="the", help="words a token starts as; '': the class's name (the paper)")
+    inversion_batch_size: int = number("[1, 1000]", "images in a training step of Textual Inversion", 4)
+    inversion_lr: float = number("(0, 1]", "learning rate of Textual Inversion; released: 5e-4 x batch", 2e-3)
+    initializer: str = HfArg(default="the", help="words that initialise a token; '': the class name (paper)")
     embeddings: str = HfArg(default="", help="folder of a run whose learned tokens are used")
-    sigmas: list[float] | None = number("[0, 100]", "noise on the tokens: standard deviations, as released")
-    relative_sigma: bool = HfArg(default=False, help="sigma in units of a token's root mean square")
-    prompts: str = HfArg(default="bank", help="bank (random words), llm, none, or the name of a CSV file")
+    sigmas: list[float] | None = number("[0, 100]", "standard deviations of noise on the tokens, in rotation")
+    relative_sigma: bool = HfArg(default=False, help="sigmas in units of the embedding's root mean square")
+    prompts: str = HfArg(default="bank", help="bank (random words), llm, none (--prompt), or a CSV file")
     prompts_per_class: int = number("[1, 1000]", "number of prompts of a class, used in rotation", 10)
     uncommon: bool = HfArg(default=False, help="ask the language model for uncommon locations")
     llm: str = HfArg(default="meta-llama/Llama-3.1-8B-Instruct", help="instruct model for --prompts llm")
     variations: int = number("[1, 10000]", "M, synthetic images of each real image", 10)
-    strength: list[float] | None = number("(0, 1]", "t_0, share of the noise; of several, one at random")
+    strength: list[float] | None = number("(0, 1]", "t_0, share of the noise; each image takes one at random")
     synthetic: str = HfArg(default="", help="folder of a run whose synthetic images are used")
     weighting: bool = HfArg(default=True, help="weigh the synthetic images by a filter classifier")
     synthetic_probability: float = number("[0, 1]", "chance that a variation replaces a real image", 0.7)
     iterations: int = number("[1, 1e6]", "training steps in an epoch", 200)
-    filter_epochs: int = number("[1, 1e6]", "largest number of epochs of the filter classifier", 50)
+    filter_epochs: int = number("[1, 1e6]", "maximum number of epochs of the filter classifier", 50)
 
 
 # As released, but for two parts. Sampler: PNDM there, DDIM here. Frozen classifier: mean and std 0.5 and
@@ -89,13 +89,13 @@ SD14 = dict(diffusion="CompVis/stable-diffusion-v1-4", steps=50, guidance_scale=
 SD14 |= dict(sigmas=[0.0, 0.005, 0.01, 0.025], examples_per_class=4, classifier="resnet50.tv2_in1k")
 SD14 |= dict(pretrained=True, image_size=256, augment="zoomed", epochs=50, batch_size=16)
 SD14 |= dict(frozen=True, optimizer="adam", lr=1e-4, weight_decay=0.0)
-DIGITS = common.DIGITS | dict(steps=15, guidance_scale=7.5, generation_batch_size=40)
-# choice: in small latents less noise hides the image than in those of 64x64, for which t_0 is 0.7
-DIGITS |= dict(strength=[0.5], variations=2, inversion_steps=60, inversion_lr=0.03)
-# choice: a token starts as "background", not as the digit's name (which Real Guidance has): the method is for
-# classes that must be learned from images. Sigmas: the paper's, over the root mean square of SD 1.4's tokens.
+DIGITS = common.DIGITS | dict(steps=13, guidance_scale=7.5, generation_batch_size=40)
+# choice: t_0 is 0.5, not 0.7 as for latents of 64x64, because in smaller latents less noise hides the image
+DIGITS |= dict(strength=[0.5], variations=2, inversion_steps=50, inversion_lr=0.03)
+# choice: a token starts as "background", not as the class name (paper), because DIAGen is for classes that
+# must be learned from images. Sigmas: the paper's, divided by the root mean square of SD 1.4's embeddings.
 DIGITS |= dict(initializer="background", sigmas=[0.0, 0.33, 0.67, 1.67], relative_sigma=True)
-DIGITS |= dict(pretrained=False, frozen=False, epochs=10, iterations=300, filter_epochs=4, eval_every=5)
+DIGITS |= dict(pretrained=False, frozen=False, epochs=10, iterations=300, filter_epochs=2, eval_every=5)
 PLAIN = dict(sigmas=[0.0], prompts="none", weighting=False)  # DIAGen without its three parts
 RECIPES = {"*": SD14, "coco": dict(augment="squeezed"), "digits": DIGITS}
 RECIPES |= {"da_fusion": PLAIN, "real_guidance": PLAIN}
@@ -115,8 +115,8 @@ TEMPLATES = [PHOTO] + (
 
 
 def place_tokens(pipe, tokens: list[str], rows: torch.Tensor) -> torch.Tensor:
-    """Writes embeddings `rows` [T, d] of tokens into the text encoder; returns the tokens' ids [T]."""
-    # choice: matched as written, not in lower case: a token is found whole, never in another class's token
+    """Adds tokens, or overwrites them, with the embeddings `rows` [T, d]; returns the tokens' ids [T]."""
+    # choice: tokens are matched as written, not in lower case, so that none is found inside another one
     pipe.tokenizer.add_tokens([AddedToken(token, normalized=False) for token in tokens])
     if len(pipe.tokenizer) > pipe.text_encoder.get_input_embeddings().num_embeddings:
         pipe.text_encoder.resize_token_embeddings(len(pipe.tokenizer), mean_resizing=False)
@@ -128,7 +128,7 @@ def place_tokens(pipe, tokens: list[str], rows: torch.Tensor) -> torch.Tensor:
 
 @contextlib.contextmanager
 def new_token(pipe, token: str, row: torch.Tensor):
-    """Places a token with an embedding [d] that can be trained in this context, by a hook on the table."""
+    """Context manager: a token's embedding `row` [d] gets gradients; on exit the pipeline keeps its value."""
     ids = place_tokens(pipe, [token], row[None])
 
     def look_up(module, inputs, output):
@@ -140,7 +140,7 @@ def new_token(pipe, token: str, row: torch.Tensor):
 
 
 def initial_embedding(pipe, class_name: str, initializer: str = "") -> torch.Tensor:
-    """[d]: the mean embedding of the tokens of `initializer` or, if that is empty, of the class's name."""
+    """The mean embedding [d] of the tokens of `initializer` or, if it is empty, of the class name."""
     table = pipe.text_encoder.get_input_embeddings().weight.detach().float()
     ids = pipe.tokenizer(initializer or class_name, add_special_tokens=False).input_ids
     require(ids, f"the tokenizer has no token for '{initializer or class_name}'; give another --initializer")
@@ -161,13 +161,13 @@ def textual_inversion(
     seed: tuple[int, ...] = (0,),
     on_step: Callable | None = None,
 ) -> torch.Tensor:
-    """Learns the embedding S* [d] of a token from a few images of a class, in float32.
+    """Learns the embedding S* [d], float32, of a token for a class from a few images of the class.
 
         (1)  S* = argmin_S E || eps - eps_theta(x_t, t, c(S)) ||^2      c(S): encoded template with the token
 
-    images: [n, 3, H, W] in [0, 1]; start: [d]; flip: mirror half of the images; seed: integers
-    on_step: called as on_step(step, t [B], {"S": S [d], "loss": a number})
-
+    images: [n, 3, H, W] in [0, 1]; start: S before training [d]; templates: prompts with {} for the token
+    flip: mirror an image with probability 1/2; seed: integers, of every random draw
+    on_step: called after each step as on_step(step, t [B], {"S": [d], "loss": scalar})
     Raises UserError if the training diverges.
     """
     require(torch.is_grad_enabled(), "training needs gradients; leave torch.inference_mode() or no_grad()")
@@ -237,7 +237,7 @@ DIGIT_WORDS |= {"location": [f"on a {setting} background" for setting in ("templ
 
 
 def write_prompt(rng: np.random.Generator, words: dict[str, list[str]] = WORDS) -> str:
-    """A random prompt of the paper's form, {} for the name. Each other part is in it with probability 1/2."""
+    """A random prompt in the paper's form, {} for the class name; each optional part has probability 1/2."""
     parts = {part: str(rng.choice(options)) for part, options in words.items() if rng.random() < 0.5}
     adjective = parts.pop("adjective", None)
     return " ".join(["a photo of a", *([adjective] if adjective else []), "{}", *parts.values()])
@@ -246,8 +246,8 @@ def write_prompt(rng: np.random.Generator, words: dict[str, list[str]] = WORDS) 
 def template_of(prompt: str, name: str) -> str:
     """The prompt with {} in the place of the class name, or "" if the name is not there exactly once.
 
-    The name is written {name}, {} or as itself, in upper or lower case and as a whole word ("car" is not in
-    "carrot"); writing without spaces, such as Chinese, has no words: there it may stand anywhere.
+    In the prompt, {name}, {} or the name itself stands for the class, in upper or lower case, as a whole word
+    ("carrot" has no "car"). In scripts without spaces, such as Chinese, a name may stand anywhere.
     """
     prompt, word = prompt.replace("{name}", "{}"), re.escape(name)
     if not re.search("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u9fff\uac00-\ud7af]", name):
@@ -267,10 +267,10 @@ REQUEST = (
 
 
 def parse_answer(answer: str, name: str, count: int) -> list[str]:
-    """Reads `count` prompts from a language model's answer, {} for the name, after the last </think> in it.
+    """The first `count` different prompts in a language model's answer, {} for the class name.
 
-    A prompt goes on from "a photo of" to the end of the line, a double quote or an opening bracket, and has
-    the class name exactly once. "a photo of a {}" stands in for missing ones.
+    A prompt begins with "a photo of", ends before a double quote, a "[" or the end of the line, and has the
+    name exactly once. Thoughts (<think>) are skipped. For missing prompts: a warning and "a photo of a {}".
     """
     answer, begin = answer.rpartition("</think>")[2].partition("<think>")[0], r"\ba photo of "
     lines = re.findall(rf'{begin}(?:(?!{begin})[^"\u201d\r\n\[])*', answer, re.IGNORECASE)
@@ -282,7 +282,7 @@ def parse_answer(answer: str, name: str, count: int) -> list[str]:
 
 
 def ask_llm(model: str, class_names: list[str], count: int, uncommon: bool = False) -> list[list[str]]:
-    """`count` prompts of each class by an instruct model. Raises UserError if it cannot be loaded."""
+    """Prompts by an instruct model, `count` per class. Raises UserError if the model cannot be loaded."""
     from transformers import AutoModelForCausalLM, TextGenerationPipeline
 
     tokenizer = common.from_pretrained(AutoTokenizer, model)
@@ -298,7 +298,7 @@ def ask_llm(model: str, class_names: list[str], count: int, uncommon: bool = Fal
 
 
 def write_prompts(args: Args, class_names: list[str]) -> str:
-    """Prompts by the language model, or of random words, as the text of a CSV file; see read_prompts."""
+    """The text of a CSV file of prompts, by the language model or of random words; see read_prompts."""
     count, rng = args.prompts_per_class, np.random.default_rng(args.seed)
     words = DIGIT_WORDS if args.dataset == "digits" else WORDS
     prompts = [[write_prompt(rng, words) for _ in range(count)] for _ in class_names]
@@ -314,8 +314,8 @@ def write_prompts(args: Args, class_names: list[str]) -> str:
 def read_prompts(path: Path, data: common.Data, pipe=None, learned: bool = False) -> list[list[str]]:
     """The prompts of each class, {} for its name, from a file of lines class_name;class_idx;prompt.
 
-    class_name: in English or the data set's own; class_idx has no effect; prompt: see template_of. Any other
-    line raises UserError, which gives the line's number; a class without lines gets "a photo of a {}".
+    class_name: in English or the data set's own; class_idx: ignored; prompt: see template_of. A bad line
+    raises UserError; a class without lines gets "a photo of a {}". pipe, learned: see common.check_prompt.
     """
     names, prompts = data.class_names, [[] for _ in data.class_names]
     rows = csv.reader(io.StringIO(common.read_text(path)), delimiter=";")
@@ -344,18 +344,18 @@ def read_prompts(path: Path, data: common.Data, pipe=None, learned: bool = False
 def img2img(
     pipe, latents, prompts, generators, *, steps=50, strength=0.7, guidance_scale=15.0, on_step=None
 ) -> torch.Tensor:
-    """Draws variations [B, 3, H, W] in [0, 1] of images: noise up to t_0, then DDIM back to 0 with a prompt.
+    """Draws variations [B, 3, H, W] in [0, 1] of images: adds noise up to t_0, denoises by DDIM with prompts.
 
         (3)  x_{t_0}  = sqrt(alpha_{t_0}) z + sqrt(1 - alpha_{t_0}) xi        alpha: alphas_cumprod
         (4)  eps^     = eps(x_t, "") + s (eps(x_t, c) - eps(x_t, ""))         classifier-free guidance
         (5)  x_{t-1}  = sqrt(alpha_{t-1}) x^_0 + sqrt(1 - alpha_{t-1}) eps^   x^_0: from x_t and eps^
 
     latents: z [B, C, h, w], scaled; prompts and CPU generators: one per image; c: the encoded prompt
-    strength: t_0, as a share of the noise schedule; guidance_scale: s; up to 1 the prompt alone counts
+    strength: t_0, as a share of the noise schedule; guidance_scale: s; if s <= 1, there is no guidance
     on_step: called after step i as on_step(i, t, {"x": x_{t-1}, "x0": x^_0})
 
     In fp32 bit-equal to diffusers' StableDiffusionImg2ImgPipeline with common.ddim's scheduler; in half
-    precision the steps stay in fp32. Raises UserError if no step is left.
+    precision the steps stay in fp32. Raises UserError if `strength` leaves no step.
     """
     scheduler, timesteps = common.ddim(pipe, steps, strength)  # the last int(steps * t_0) of the timesteps
     guided = guidance_scale > 1
@@ -380,7 +380,7 @@ def img2img(
 
 
 class Best(dict):
-    """The epoch with the highest score so far, its score and weights; a part of a checkpoint."""
+    """The best epoch so far, its score and its weights: a dict that a checkpoint can hold."""
 
     state_dict, load_state_dict = dict.copy, dict.update
 
@@ -404,7 +404,7 @@ def fit_temperature(logits: torch.Tensor, labels: torch.Tensor) -> float:
 
 
 def train_filter(args: Args, accelerator, real: common.Images, data: common.Data) -> nn.Module:
-    """Trains the filter classifier on views of the real images; returns it at its lowest loss on data.val."""
+    """Trains the filter classifier on real images; returns it as of the epoch of lowest loss on data.val."""
     adam = replace(args, optimizer="adam", weight_decay=1e-2)
     (net, model, optimizer), best = common.new_classifier(adam, accelerator, data.class_names), Best()
     chances, rates = draw_weights(real.labels), [args.lr] * args.iterations
@@ -438,7 +438,7 @@ def weights_of(confidence: torch.Tensor) -> torch.Tensor:
 
         (8)  w(q) = min(1, 2 q)
 
-    They are normalised over the M variations of a real image.
+    A weight is w(q), divided by the sum of w over the M variations of the same real image.
     """
     w = (2 * confidence).clamp(max=1)  # (8)
     # choice: if all M confidences are 0, the weights are equal
@@ -447,9 +447,9 @@ def weights_of(confidence: torch.Tensor) -> torch.Tensor:
 
 
 def draw_weights(labels: list[int], weights: torch.Tensor | None = None, probability: float = 0.7):
-    """Relative probabilities of N real images, and after them of their N M variations, with weights [N, M].
+    """Relative probabilities to draw each of N real images, then each of their N x M variations, if any.
 
-    All classes are equally probable. With `probability` a real image is replaced by one of its variations.
+    Classes are equally likely. With `probability`, a variation by its weight [N, M] replaces its real image.
     """
     real = 1 / torch.bincount(torch.tensor(labels))[labels].double()
     if weights is None:
@@ -458,7 +458,7 @@ def draw_weights(labels: list[int], weights: torch.Tensor | None = None, probabi
 
 
 def draw_batches(args: Args, images: common.Images, chances: torch.Tensor, accelerator, epoch: int):
-    """The batches of an epoch: args.iterations of them, of images that are drawn by their `chances`."""
+    """The args.iterations batches of an epoch; images are drawn, with replacement, by weights `chances`."""
     g, count = common.generator(args.seed, epoch), args.iterations * args.batch_size
     drawn = torch.multinomial(chances, count, replacement=True, generator=g)
     return common.load(images, args.batch_size, accelerator, args.workers, drawn, (args.seed, epoch, 1))
@@ -468,41 +468,41 @@ def draw_batches(args: Args, images: common.Images, chances: torch.Tensor, accel
 
 
 def add_validation(args: Args, data: common.Data) -> None:
-    """Makes a missing validation split: as many images of those left over, or a quarter of the training's."""
+    """If data.val is missing, takes examples_per_class unused images per class or a quarter of data.train."""
     left, few = data.unlabelled, args.examples_per_class
     if data.val is not None:
         return
     if few and left and len(set(left.labels) - {-1}) == len(data.class_names):
-        # choice: as many again, because a user with a few labels has no large labelled validation split
+        # choice: as many as in training, because a user with few labels has no large validation split
         data.val = left.subset(common.draw_per_class(left.labels, lambda n: few, args.seed))
     else:
         others, held = common.split_per_class(data.train.labels, 0.25, args.seed)
         data.val, data.train = data.train.subset(held), data.train.subset(others)
-    require(len(data.val), "no class has an image to spare for validation; give val/ or two images per class")
+    require(len(data.val), "no class has an image to spare for validation; add val/ or two images per class")
     data.val = data.val.seen(data.test.transform)
     common.say(f"no validation split: {len(data.val)} other training images choose the best epoch")
 
 
 def embedding_files(folder: str | Path, class_names: list[str]) -> list[Path]:
-    """The file of each class's embedding in a run folder; the format is that of load_textual_inversion."""
+    """The file of each class's embedding in a run folder; diffusers' load_textual_inversion reads them."""
     records = [common.record(class_names, y, "learned_embeds", []) for y in range(len(class_names))]
     return [Path(folder, "embeddings", r["file_name"]).with_suffix(".safetensors") for r in records]
 
 
 def read_embeddings(folder: str | Path, class_names: list[str], pipe) -> torch.Tensor:
-    """The learned embeddings [K, d] of a run's classes. Raises UserError if one is not there."""
+    """Reads the embeddings [K, d] in a run folder. Raises UserError if one is missing or does not fit."""
     rows, width = [], pipe.text_encoder.get_input_embeddings().embedding_dim
     for file in embedding_files(folder, class_names):
         require(file.exists(), f"--embeddings {folder} must have the tokens of all classes, but lacks {file}")
         row = next(iter(load_file(file).values())).squeeze()
         made = f"{file} was made for another text encoder, or has several vectors"
-        require(row.shape == (width,), f"{made}: {[*row.shape]}, here [{width}]")
+        require(row.shape == (width,), f"{made}: shape {[*row.shape]}, here [{width}]")
         rows.append(row.float())
     return torch.stack(rows)
 
 
 def inversion_options(args: Args) -> dict:
-    """The options of textual_inversion by the arguments."""
+    """The keyword arguments of textual_inversion that a run's arguments ask for."""
     options = dict(steps=args.inversion_steps, batch_size=args.inversion_batch_size, lr=args.inversion_lr)
     if args.dataset == "digits":  # they are not mirrored, and their generator has learned one template alone
         options |= dict(flip=False, templates=[args.prompt])
@@ -510,7 +510,7 @@ def inversion_options(args: Args) -> dict:
 
 
 def learn_tokens(args: Args, run: common.Run, pipe, data: common.Data) -> torch.Tensor:
-    """The embeddings [K, d] of all classes, given or by Textual Inversion."""
+    """The embeddings [K, d] of all classes, read from --embeddings or learned by Textual Inversion."""
     names, files = data.class_names, embedding_files(run.path, data.class_names)
     if args.embeddings:
         return read_embeddings(args.embeddings, names, pipe)
@@ -527,7 +527,7 @@ def learn_tokens(args: Args, run: common.Run, pipe, data: common.Data) -> torch.
 
 
 def draw_variations(args: Args, run, pipe, data: common.Data, folder: Path) -> list[dict]:
-    """Draws M variations of every real image into `folder`; returns their metadata, in this order."""
+    """Draws M variations of each real image into `folder`; returns their records, M per image in order."""
     names, path, learned = data.class_names, Path(args.prompts), args.method != "real_guidance"
     prompts = [[args.prompt]] * len(names)
     if args.prompts in ("bank", "llm"):
@@ -539,8 +539,8 @@ def draw_variations(args: Args, run, pipe, data: common.Data, folder: Path) -> l
         rows = learn_tokens(args, run, pipe, data)
         generators = [common.generator(args.seed, 3, c) for c in range(len(rows))]
         rows = noisy_embeddings(rows, args.sigmas, generators, args.relative_sigma)
-        # choice: every noisy embedding has a token of its own, named by its class and the index of its sigma:
-        # no class draws from another one whose name contains its own
+        # choice: each noisy embedding has its own token, named by class and index of sigma. The released code
+        # matches class names by substring, so that "car" also draws from "carrot"
         V, files = range(len(args.sigmas)), embedding_files(run.path, names)
         tokens = [[f"<{file.parent.name}|{v}>" for v in V] for file in files]
         place_tokens(pipe, sum(tokens, []), rows.flatten(0, 1))
@@ -578,7 +578,7 @@ def draw_variations(args: Args, run, pipe, data: common.Data, folder: Path) -> l
 
 
 def judge(args: Args, run: common.Run, data: common.Data, images: common.Images) -> dict:
-    """The filter classifier's confidence in each image, and its scores before and after calibration."""
+    """Trains and calibrates the filter; returns {"confidence": q of `images`, "report": scores}."""
     # as released, the filter sees images with RandAugment alone
     view = common.make_transforms(args.image_size, "none+randaugment", "squeeze")[0]
     model = train_filter(args, run.accelerator, data.train.seen(view), data)
@@ -591,8 +591,8 @@ def judge(args: Args, run: common.Run, data: common.Data, images: common.Images)
 
 
 def weigh(args: Args, run: common.Run, data: common.Data, records: list[dict], folder: Path):
-    """The variations, their weights [N, M] (also in the metadata) and the filter's scores, if any."""
-    images = common.images_of(records, folder, data.train.transform)
+    """Returns the variations, their weights [N, M] and the filter's scores, if any; writes their metadata."""
+    images = common.images_of(records, folder, data.train.transform).decoded()
     weights, report = torch.full((len(data.train), args.variations), 1 / args.variations), {}
     if args.weighting:
         judged = run.once("filter.pt", partial(judge, args, run, data, images), together=True)
@@ -614,7 +614,7 @@ def train(args: Args, run: common.Run, data: common.Data, title: str, images=Non
     """
     accelerator, best, real = run.accelerator, Best(), data.train
     net, model, optimizer = common.new_classifier(args, accelerator, data.class_names)
-    everything, rates = (real + images).decoded() if images else real, [args.lr] * args.iterations
+    everything, rates = real + images if images else real, [args.lr] * args.iterations
     chances = draw_weights(real.labels, weights, args.synthetic_probability)
 
     for epoch in run.epochs(title, args.epochs, model=net, optimizer=optimizer, best=best):
@@ -654,7 +654,7 @@ def check(args: Args, run: common.Run, data: common.Data, pipe) -> None:
 
 
 def experiment(args: Args, run: common.Run, data: common.Data, pipe) -> dict:
-    """The baselines, standard augmentation and DA-Fusion, and the method."""
+    """Trains the baselines (standard augmentation, DA-Fusion) and the method; returns {title: scores}."""
     add_validation(args, data)
     check(args, run, data, pipe)
     jobs, result = {} if args.real_only else {METHODS[args.method]: args}, {}
@@ -670,7 +670,7 @@ def experiment(args: Args, run: common.Run, data: common.Data, pipe) -> dict:
         there, here = there["args"] | there["data"], vars(args) | data.fingerprint()
         keys = ["dataset", "seed", "examples_per_class", "variations", "train"]
         keys = [key for key in keys if there.get(key) != here[key]]
-        require(not keys, f"--synthetic {args.synthetic} is of other real images: another {', '.join(keys)}")
+        require(not keys, f"--synthetic {args.synthetic} is of other real images; changed: {', '.join(keys)}")
     run.begin(data, plan)
     if args.baseline or args.real_only:
         result["standard augmentation"] = train(args, run, data, "standard augmentation")

@@ -50,27 +50,27 @@ LABELS |= {"seed_heads": "seed labels, AMST's heads"}  # the heads train, but la
 class Args(common.RunArgs):
     """DreamDA's own arguments. The data set's recipe replaces these defaults; see --dataset NAME --help."""
 
-    inversion: Literal["cycle", "ddim", "none"] = HfArg(default="cycle", help="none: img2img, fresh noise")
-    paths: int = number("[0, 10000]", "inversions of an image, used in turn; 0: one per variation", 0)
+    inversion: Literal["cycle", "ddim", "none"] = HfArg(default="cycle", help="none: img2img with new noise")
+    paths: int = number("[0, 10000]", "inversions per image, for its variations in turn; 0: one for each", 0)
     strength: float = number("(0, 1]", "share of the sampling steps that are inverted", 0.8)
     eta: float = number("[0, 1]", "DDIM's eta; 1: every step carries noise, 0: none does", 1.0)
-    prompts: str = HfArg(default="", help="CSV file of lines CLASS;NUMBER;PROMPT, in the place of --prompt")
+    prompts: str = HfArg(default="", help="CSV file of lines CLASS;NUMBER;PROMPT, instead of --prompt")
     variations: int = number("[1, 10000]", "M, number of variations of each training image", 30)
-    perturb: str = HfArg(default="bottleneck", help="bottleneck, mid_input, down, up, latents or none")
+    perturb: str = HfArg(default="bottleneck", help="noise on bottleneck, mid_input, down, up, latents, none")
     noise_scale: float = number("[0, 1000]", "s, scale of the noise on the features", 3.0)
     relative_noise: bool = HfArg(default=False, help="measure s in standard deviations of the features")
-    synthetic: str = HfArg(default="", help="use the images of this run folder, generate none")
+    synthetic: str = HfArg(default="", help="use the synthetic images of this run folder; generate none")
     # self-training; choice: the defaults, but for the number of heads
-    labels: Literal[*[*LABELS][1:]] = HfArg(default="amst", help="labels of variations; seed: their source's")
+    labels: Literal[*[*LABELS][1:]] = HfArg(default="amst", help="variation labels; seed: the source's label")
     heads: int = number("[2, 100]", "number of auxiliary heads of AMST", 4)
     auxiliary_lr: float = number("(0, 1000]", "learning rate of auxiliary heads, in multiples of --lr", 1.0)
-    threshold: float = number("[0, 1]", "tau, least confidence of a pseudo-label", 0.95)
+    threshold: float = number("[0, 1]", "tau, minimum confidence of a pseudo-label", 0.95)
     auxiliary_weight: float = number("[0, 1000]", "w_a, weight of L_aux", 0.2)
     orthogonality_weight: float = number("[0, 1000]", "w_o, weight of L_orth", 0.1)
     consistency_weight: float = number("[0, 1000]", "w_c, weight of L_cons", 1.0)
-    burn_in: float = number("[0, 1]", "share of the epochs before the classifier labels images", 0.5)
-    synthetic_ratio: float = number("(0, 100]", "synthetic images per real image in a batch", 2.0)
-    unlabelled: int = number("[0, 1e9]", "real images without labels, added to the synthetic ones", 0)
+    burn_in: float = number("[0, 1]", "share of the epochs on real images alone, before pseudo-labels", 0.5)
+    synthetic_ratio: float = number("(0, 100]", "synthetic + unlabelled images per real one in a batch", 2.0)
+    unlabelled: int = number("[0, 1e9]", "number of unlabelled real images added to the synthetic ones", 0)
 
 
 # From the released script: 100 sampling steps, strength 0.8, guidance 7.5, s = 3, a path per variation; SGD
@@ -79,13 +79,13 @@ class Args(common.RunArgs):
 # a pretrained network, 1,000 epochs, and 64 images a step, of which one in 31 is real.
 SD15 = dict(diffusion="stable-diffusion-v1-5/stable-diffusion-v1-5", steps=100, guidance_scale=7.5)
 SD15 |= dict(generation_batch_size=10, epochs=100, batch_size=32, lr=0.01, warmup=0.05, eval_every=5)
-# choice: a bare "Boxer" may be anything; the authors have a prompt for each image, by a language model
+# choice: "Boxer" alone is ambiguous; the authors use a language model's prompt for each image
 PETS = dict(prompt="a photo of a {}, a breed of cat or dog")
 CIFAR = dict(image_size=32, augment="crop", variations=1)
 DIGITS = common.DIGITS | dict(steps=15, guidance_scale=4.0, generation_batch_size=40)
 DIGITS |= dict(noise_scale=12.0, relative_noise=True, variations=4, paths=1, burn_in=0.0, threshold=0.3)
-# choice: the paper's semi-supervised task, pretrained: from few images alone, from scratch, the heads' labels
-# are worse than the sources'. The last layers, which are new, learn faster.
+# choice: the paper's semi-supervised task, with a pretrained backbone: trained from scratch on few images,
+# the heads label worse than the sources do. The heads are new layers, so they have higher learning rates.
 DIGITS |= dict(examples_per_class=8, unlabelled=1000, pretrained=True, lr=1e-3, head_lr=16.0)
 DIGITS |= dict(auxiliary_lr=32.0, batch_size=3, synthetic_ratio=5 / 3, epochs=10, eval_every=10)
 RECIPES = {"*": SD15, "digits": DIGITS, "pets": PETS, "cifar10": CIFAR, "cifar100": CIFAR}
@@ -96,7 +96,7 @@ RECIPES |= {"stl10": dict(image_size=96, augment="crop"), "imagenet": dict(varia
 
 @dataclass
 class DDIMSteps:
-    """The S DDIM steps in use, first to last. As in DDIM's paper, alpha is what others call alpha-bar."""
+    """The S DDIM steps in use, noisiest first. alpha is the DDIM paper's, which others call alpha-bar."""
 
     t: torch.Tensor  # [S], timesteps
     alpha: torch.Tensor  # alpha_t [S]
@@ -105,7 +105,7 @@ class DDIMSteps:
 
 
 def ddim_steps(pipe, steps: int = 100, strength: float = 0.8, eta: float = 1.0) -> DDIMSteps:
-    """The last `strength` of `steps` DDIM steps. Raises UserError if none is left.
+    """The last int(strength * steps) of `steps` DDIM steps. UserError if there are none, or too many.
 
     sigma_t = eta sqrt((1 - alpha_{t-1}) / (1 - alpha_t)) sqrt(1 - alpha_t / alpha_{t-1})  (DDIM, equation 16)
     """
@@ -118,19 +118,19 @@ def ddim_steps(pipe, steps: int = 100, strength: float = 0.8, eta: float = 1.0) 
 
 
 def ddim_mean(z, eps, alpha, previous, sigma):
-    """The mean of z_{t-1} if eps is the noise in z_t (DDIM, equation 12)."""
+    """The mean of z_{t-1}, if eps is the noise in z = z_t (DDIM, equation 12); previous: alpha_{t-1}."""
     z0 = (z - (1 - alpha) ** 0.5 * eps) / alpha**0.5
     return previous**0.5 * z0 + (1 - previous - sigma**2).clamp(min=0) ** 0.5 * eps
 
 
 def embed(pipe, prompts: list[str], guidance_scale: float) -> torch.Tensor:
-    """Text embeddings [G, B, L, d] of the prompts; at guidance over 1, G = 2: the empty prompt's first."""
+    """Text embeddings [G, B, L, d] of prompts, G = 1; if guidance_scale > 1, G = 2, empty prompts first."""
     text, empty = pipe.encode_prompt(prompts, pipe.device, 1, guidance_scale > 1)
     return text[None] if empty is None else torch.stack([empty, text])
 
 
 def predict_eps(pipe, z, t, alpha, text, guidance_scale: float = 1.0):
-    """eps_theta(z_t, t, text) in float32, guided if `text` has two embeddings, of a U-Net for eps or v."""
+    """eps_theta(z_t, t, text) in float32, by a U-Net for eps or v; guided if text [G, B, L, d] has G = 2."""
     rows, dtype = z.repeat(len(text), 1, 1, 1), pipe.unet.dtype
     output = pipe.unet(rows.to(dtype), t, text.flatten(0, 1).to(dtype)).sample.float()
     if len(text) == 2:
@@ -143,7 +143,7 @@ def predict_eps(pipe, z, t, alpha, text, guidance_scale: float = 1.0):
 
 @dataclass
 class Inverted:
-    """The noise of B paths; a path is one inversion of an image, by random draws of its own."""
+    """The noise that inversion finds, for B paths; a path is one inversion of one image."""
 
     start: torch.Tensor  # z_T [B, C, h, w]
     noise: torch.Tensor  # sigma_t xi_t [S, B, C, h, w]; choice: the product, as a last sigma_t may be 0
@@ -166,17 +166,17 @@ def invert(
     eta: float = 1.0,
     on_step: Callable | None = None,
 ) -> Inverted:
-    """The noise from which DDIM sampling reproduces `images` [N, 3, H, W] in [0, 1]; z_0 are their latents.
+    """Inverts `images` [N, 3, H, W] in [0, 1]: returns noise from which DDIM sampling draws the same images.
 
-        (1)  z_T          ~ q(z_T | z_0) = N(sqrt(alpha_T) z_0, (1 - alpha_T) I)
+        (1)  z_T          ~ q(z_T | z_0) = N(sqrt(alpha_T) z_0, (1 - alpha_T) I)     z_0: the images' latents
         (2)  z_{t-1}      ~ q(z_{t-1} | z_t, z_0) = N(ddim_mean(z_t, noise in z_t), sigma_t^2 I)
         (3)  sigma_t xi_t = z_{t-1} - mu_theta(z_t, t, source prompt)    mu_theta = ddim_mean(z_t, eps_theta)
         (4)  z_t          = ddim_mean(z_{t-1}, eps_theta(z_{t-1}, t, source)), alpha_{t-1} and alpha_t swapped
 
-    generators: one CPU generator per path; start_generators: draw z_T, if paths are to share it
-    sources: [B], the index of each path's image, by default one path an image; source_prompts: [N], or empty
-    inversion: "cycle": (1) to (3); "ddim": (4), without noise; "none": (1) and fresh xi_t, which is img2img
-    on_step: on_step(i, t, {"z": z_{t-1}, "noise": sigma_t xi_t}) at step i ("ddim": backwards; "none": not)
+    generators: CPU, one per path; start_generators: for z_T, by default `generators`; equal seeds: equal z_T
+    sources: [B], the index of each path's image, by default one path per image; source_prompts: [N], or empty
+    inversion: "cycle": (1) to (3); "ddim": (4), no noise; "none": (1) and new xi_t: img2img, other images
+    on_step: gets (i, t, {"z": z_{t-1}, "noise": sigma_t xi_t}); "ddim": last i first; "none": never called
     """
     on_step = on_step or (lambda i, t, values: None)
     which = torch.arange(len(images)) if sources is None else torch.as_tensor(sources)
@@ -213,7 +213,7 @@ def invert(
 
 
 def noisy_modules(unet, where: str) -> list[nn.Module]:
-    """The modules of the U-Net at whose input or output noise is added; see Perturbation for `where`."""
+    """The U-Net's modules that get noise on their input or output; where: see Perturbation."""
     modules = {"bottleneck": [unet.mid_block], "mid_input": [unet.mid_block], "down": unet.down_blocks}
     modules |= {"up": unet.up_blocks, "latents": [unet.conv_in], "none": []}
     require(where in modules, f"unknown --perturb '{where}'; choose one of: {', '.join(modules)}")
@@ -221,13 +221,13 @@ def noisy_modules(unet, where: str) -> list[nn.Module]:
 
 
 class Perturbation:
-    """Adds noise to features h of the U-Net, h + s n_t in every forward pass; a context manager.
+    """A context manager that adds noise to features h of the U-Net: h + s n_t in every forward pass.
 
     where: "bottleneck" (the mid block's output), "mid_input" (its input), "down" or "up" (the outputs of all
         such blocks), "latents" (the U-Net's input) or "none"; scale: s
-    generators: one CPU generator per image; the U-Net's rows are the images once or, with guidance, twice
-    relative: s is in standard deviations of the image's own features (with guidance, its prompted row's)
-    calls, norms: how often noise was added, and the last ||h|| and ||s n_t|| [B] (of the prompted rows)
+    generators: one CPU generator per image; the U-Net's batch has each image once or, with guidance, twice
+    relative: s is in standard deviations of each image's h (with guidance: of h in the row with the prompt)
+    calls: how often noise was added; norms: the last ||h|| and ||s n_t|| [B] (of the rows with the prompt)
     """
 
     def __init__(self, unet, where: str, scale: float, generators, relative: bool = False):
@@ -245,12 +245,12 @@ class Perturbation:
             handle.remove()
 
     def on_pass(self, module, inputs, output=None):
-        """h + s n_t, n_t ~ N(0, I), in the place of h; what a down block gives to the up blocks stays."""
+        """Replaces h by h + s n_t, n_t ~ N(0, I); the skip connections of down blocks stay as they are."""
         values = inputs if output is None else output
         h, *others = values if isinstance(values, tuple) else (values,)
         B, copies = len(self.generators), len(h) // len(self.generators)
         # choice: the two guidance rows of an image get independent noise, as in the released code. Guidance
-        # amplifies the difference of the two draws, and most of the variety comes from it.
+        # amplifies the difference of the two draws, and this difference makes most of the variety.
         n = torch.cat([randn_tensor(h[:B].shape, self.generators, h.device) for _ in range(copies)])
         if self.relative:
             n = n * h[-B:].float().flatten(1).std(1).repeat(copies).view(-1, 1, 1, 1)
@@ -274,15 +274,15 @@ def vary(
     guidance_scale: float = 7.5,
     on_step: Callable | None = None,
 ) -> torch.Tensor:
-    """Draws one batch of variations of inverted images: scaled latents [B, C, h, w] for common.decode.
+    """Draws B variations of inverted images; returns scaled latents [B, C, h, w] for common.decode.
 
         (5)  y_T     = z_T
         (6)  y_{t-1} = mu_theta(y_t, t, target; h + s n_t) + sigma_t xi_t,   n_t ~ N(0, I)
 
-    sources: [B], for each variation the index of its path in `inverted`; prompts: [B], the `target` of (6)
-    generators: CPU, one per variation, for n_t; perturb, noise_scale, relative_noise: see Perturbation
+    sources: [B], the index of each variation's path in `inverted`; prompts: [B], `target` in (6)
+    generators: CPU, one per variation, for n_t; perturb, noise_scale (s), relative_noise: see Perturbation
     on_step: called after step i as on_step(i, t, {"y": y_{t-1}, "noise": sigma_t xi_t}); with a perturbation
-        also h_norm and perturbation_norm, ||h|| and ||s n_t|| [B]
+        the dict also has h_norm and perturbation_norm: ||h|| and ||s n_t|| [B]
     """
     s, text = inverted.steps, embed(pipe, prompts, guidance_scale)
     y, noise = inverted.start[sources], inverted.noise[:, sources]  # (5)
@@ -301,7 +301,7 @@ def vary(
 
 
 class MultiHead(common.Classifier):
-    """A backbone f and 1 + A heads W_k, W_0 the classifier's own: x [B, 3, H, W] -> logits [B, 1 + A, K]."""
+    """Backbone f, main head W_0, auxiliary heads W_1..W_A: x [B, 3, H, W] -> logits [B, 1 + A, K]."""
 
     def __init__(self, net: common.Classifier, heads: int):
         super().__init__(net.backbone, net.head, net.mean, net.std)
@@ -313,30 +313,30 @@ class MultiHead(common.Classifier):
         return torch.stack([head(features) for head in (self.head, *self.auxiliary)], 1)
 
     def auxiliary_weights(self) -> torch.Tensor:
-        """W_1..W_A: [A, K, d]."""
+        """The auxiliary heads' weights W_1..W_A [A, K, d]."""
         return torch.stack([head.weight for head in (self.head, *self.auxiliary)])[1:]
 
 
-# choice: the paper only says that every head has an augmentation of its own; a fifth head has the first one's
+# choice: the paper only says that every head has an augmentation of its own; a fifth head has head 1's
 HEAD_AUGMENTATIONS = {
     "geometry": v2.RandomAffine(8, (0.05, 0.05), (0.9, 1.1), interpolation=v2.InterpolationMode.BILINEAR),
     "colour": v2.ColorJitter(0.3, 0.3, 0.3),
     "blur": v2.RandomChoice([v2.GaussianBlur(3, (0.3, 1.0)), v2.RandomAdjustSharpness(2, p=1.0)]),
     "erase": v2.RandomErasing(0.5, (0.02, 0.12), (0.5, 2.0)),
 }
-# choice: strong(u) is moved, coloured or erased, after the augmentation of real images
+# choice: strong(u) is the training augmentation, then one of geometry, colour and erase, at random
 STRONG = v2.RandomChoice([HEAD_AUGMENTATIONS[name] for name in ("geometry", "colour", "erase")])
 
 
 def head_views(x: torch.Tensor, heads: int) -> tuple[torch.Tensor, int]:
-    """x and a_k(x) [2, 3, H, W], and a random k of 1 to `heads`; without heads x [1, 3, H, W] and 0."""
+    """Views x and a_k(x) [2, 3, H, W], and a random k from 1 to `heads`; heads = 0: x [1, 3, H, W], and 0."""
     k = int(torch.randint(heads, ())) if heads else -1
     own = [[*HEAD_AUGMENTATIONS.values()][k % len(HEAD_AUGMENTATIONS)](x)] if heads else []
     return torch.stack([x, *own]), 1 + k
 
 
 def orthogonality_loss(weights: torch.Tensor) -> torch.Tensor:
-    """L_orth of the heads' weights [A, K, d].
+    """L_orth of the auxiliary heads' weights [A, K, d].
 
     (8)  L_orth = sum_{j<k} mean_c |cos(W_j[c], W_k[c])|        W_k[c]: the row of class c
     """
@@ -356,7 +356,7 @@ def agreement(logits: torch.Tensor, threshold: float) -> tuple[torch.Tensor, tor
 
 
 def consistency_loss(logits: torch.Tensor, weak: torch.Tensor) -> torch.Tensor:
-    """L_cons of each image [U]: logits [U, K] for strong(u), probabilities for weak(u), of the main head.
+    """L_cons [U] of each u, by the main head; logits: [U, K] of strong(u); weak: softmax [U, K] of weak(u).
 
     (10)  L_cons = ||softmax W_0 f(strong(u)) - softmax W_0 f(weak(u))||^2        no gradient through weak(u)
     """
@@ -372,16 +372,16 @@ def self_training_loss(
         (11)  L     = CE(W_0 f(x), y) + w_a L_aux + w_o L_orth
                       + mean over u of CE(W_0 f(strong(u)), y^(u)) if u is labelled, else w_c L_cons
 
-    real: logits [B, 2, 1 + A, K] by every head, of x and of a_k(x), or [B, 1, 1, K] if A is 0; y: [B]
+    real: all heads' logits [B, 2, 1 + A, K] of x and a_k(x), or [B, 1, 1, K] of x if A is 0; y: [B]
     head: [B], the k of each image, 1 to A; auxiliary: the weights W_1..W_A [A, K, d]
-    synthetic: logits [U, 1 + A, K] of strong views; weak: the main head's probabilities [U, K] of weak ones
-    targets: classes [U] or probabilities [U, K]; labelled: bools [U]; smoothing: for W_0. A and U may be 0.
+    synthetic: all heads' logits [U, 1 + A, K] of strong(u); weak: W_0's probabilities [U, K] of weak(u)
+    targets: y^, classes [U] or probabilities [U, K]; labelled: bools [U]; smoothing: for W_0; U may be 0
     """
     L_x = F.cross_entropy(real[:, 0, 0], y, label_smoothing=smoothing)
     L_aux = L_u = torch.zeros_like(L_x)
     if A := len(auxiliary):
-        # choice: each image of a batch is shown to one auxiliary head, in other steps to others. So the sum
-        # over k is estimated, and costs one more view of each image instead of A.
+        # choice: in each step an image trains one random auxiliary head. A times that loss estimates the sum
+        # over k, and costs one more view of each image instead of A more.
         own = real[torch.arange(len(y), device=y.device), 1, head]  # W_k f(a_k(x))
         # choice: the auxiliary heads' labels are not smoothed, because their confidence decides in (9)
         L_aux = A * F.cross_entropy(own, y)  # (7)
@@ -393,10 +393,10 @@ def self_training_loss(
 
 
 def synthetic_targets(labels: str, logits: torch.Tensor, threshold: float):
-    """Targets of images, classes [N] or probabilities [N, K], and which are labelled [N].
+    """Targets of N images, classes [N] or probabilities [N, K], and bools [N]: which targets are accepted.
 
-    labels: "amst": agreement of the auxiliary heads; "head": the main head's argmax where it is confident;
-        "soft": its probabilities; logits: [N, 1 + A, K] of the weak views
+    labels: "amst": agreement of the auxiliary heads; "head": the main head's argmax, if confident;
+        "soft": its probabilities, all accepted; logits: [N, 1 + A, K] of the weak views
     """
     if labels == "amst":
         return agreement(logits[:, 1:], threshold)
@@ -410,7 +410,7 @@ def synthetic_targets(labels: str, logits: torch.Tensor, threshold: float):
 
 
 def read_prompts(args: Args, data: common.Data) -> list[list[str]]:
-    """Each class's prompts in the file --prompts, {name} filled in; --prompt for a class that has none."""
+    """Each class's prompts in the file --prompts, with {name} filled in; if it has none, --prompt."""
     names, prompts = data.class_names, [[] for _ in data.class_names]
     index = {name: y for known in (data.folders, names) for y, name in enumerate(known)}
     text = common.read_text(Path(args.prompts)) if args.prompts else ""
@@ -419,6 +419,7 @@ def read_prompts(args: Args, data: common.Data) -> list[list[str]]:
         if line.strip() and row[0] != "class_name":  # the header
             require(len(row) == 3 and row[0] in index, f"{args.prompts}: '{line}' is not CLASS;NUMBER;PROMPT")
             prompts[y := index[row[0]]].append(row[2].replace("{name}", names[y]))
+    require(any(prompts) or not args.prompts, f"{args.prompts} has no prompts")
     return [own or [args.prompt.replace("{}", name)] for own, name in zip(prompts, names, strict=True)]
 
 
@@ -450,7 +451,7 @@ def draw_variations(args: Args, run: common.Run, pipe, data: common.Data, record
         images = torch.stack([real[i][0] for i in sources])
         inverted = invert(pipe, images, generators, **of_paths, **common.options(invert, args))
         follows = torch.tensor([paths.index(path[j]) for j in batch])
-        # choice: a generator for each variation; in the released code all k-th ones share their noise
+        # choice: a generator per variation; in the released code all images' k-th variations share noise
         generators = [common.generator(*records[j]["seed"]) for j in batch]
         prompts = [records[j]["prompt"] for j in batch]
         latents = vary(pipe, inverted, follows, prompts, generators, **common.options(vary, args))
@@ -461,7 +462,7 @@ def draw_variations(args: Args, run: common.Run, pipe, data: common.Data, record
 
 
 def make_pool(args: Args, run: common.Run, data: common.Data, folder: Path, records: list[dict], clip):
-    """The pool, N images, synthetic, then --unlabelled ones; known labels {kind of LABELS: [N], -1: none}."""
+    """The pool (N images: synthetic, then --unlabelled ones); {kind of LABELS: known labels [N], else -1}."""
     images, accelerator = common.images_of(records, folder, data.test.transform), run.accelerator
     given = dict.fromkeys(("seed", "seed_heads"), torch.tensor(images.labels + [-1] * args.unlabelled))
     if args.unlabelled:
@@ -476,11 +477,11 @@ def make_pool(args: Args, run: common.Run, data: common.Data, folder: Path, reco
 
 
 def predict_targets(args: Args, run: common.Run, model, pool, given: dict, labels: str, votes: str = ""):
-    """Labels the pool: targets [N] or [N, K], which are labelled [N], the main head's probabilities [N, K].
+    """Labels the pool: targets [N] or [N, K], labelled (bools [N]), weak [N, K], and a report.
 
-    All are predicted from the weak views, which are the images without augmentation. Without a pool N is 0.
-    Then a report: the share of the pool that has a label and, where the truth is known, the share of these
-    labels that is right; seed_accuracy: of the labelled variations alone, the share of right source labels.
+    If not `given`, targets and weak (the main head's probabilities) are of the weak views: no augmentation.
+    report: the share of images with a label; if the truth is known, label_accuracy: the share of these labels
+    that are right; seed_accuracy: the same for the labelled variations' source labels. Without a pool N is 0.
     votes: a file for the votes and confidences [n, A] of the auxiliary (or main) heads on n <= 200 images
     """
 
@@ -509,15 +510,15 @@ def predict_targets(args: Args, run: common.Run, model, pool, given: dict, label
 
 
 def pool_batch(args: Args) -> int:
-    """The number of images of the pool in a batch."""
+    """The number of pool images in a batch."""
     return max(1, round(args.batch_size * args.synthetic_ratio))
 
 
 def load_batches(args: Args, accelerator, data: common.Data, pool, heads: int, steps: int, epoch: int):
-    """For each step of an epoch a batch of real images, ((views, k), y, i), and one of the pool, (u, y, i).
+    """For each step of an epoch a batch of real images ((views, k), y, i) and one of pool images (u, y, i).
 
-    views, k: see head_views; u: strong views. Without a pool (baseline, burn-in) its batches are empty and
-    more real images fill its places; with heads half as many, because each of them has two views.
+    views, k: see head_views; u: strong views. Without a pool (baseline, burn-in) pool batches are empty and
+    real batches larger by as many images; with heads by half as many, because a real image has two views.
     """
 
     def load(images, size, key, function):
@@ -536,18 +537,18 @@ def load_batches(args: Args, accelerator, data: common.Data, pool, heads: int, s
 
 
 def train(args: Args, run: common.Run, data: common.Data, pool, given: dict, labels: str, steps: int):
-    """Trains on real images and the pool's, if any: scores, and predict_targets of the pool at the end."""
+    """Trains on real images and the pool, if any; returns scores and the pool's final predict_targets."""
     accelerator, heads = run.accelerator, args.heads if labels in ("amst", "seed_heads") else 0
     if labels in given:  # leaves out --unlabelled images (the pool's last) if this kind does not label them
         pool = pool.subset(torch.nonzero(given[labels] >= 0))
-    # choice: the auxiliary heads may have their own rate; beside a pretrained backbone slow ones stay alike
+    # choice: the auxiliary heads have their own lr: with a low one, on a pretrained backbone, they stay alike
     parts = dict(rates=lambda net: {net.head: args.head_lr, net.auxiliary: args.auxiliary_lr})
     parts |= dict(wrap=partial(MultiHead, heads=heads))
     net, model, optimizer = common.new_classifier(args, accelerator, data.class_names, **parts)
     weights = dict(w_a=args.auxiliary_weight, w_o=args.orthogonality_weight, smoothing=args.label_smoothing)
     weights |= dict(w_c=args.consistency_weight if labels == "amst" else 0.0)
-    # choice: labels are no better than the classifier that gives them, so it learns from real images alone
-    # first, in batches of as many views; a pretrained one may do without (--burn_in 0)
+    # choice: labels are no better than the classifier that gives them. So the classifier first learns from
+    # real images alone, in batches of as many views; a pretrained one needs no burn-in (--burn_in 0).
     burn_in = int(args.burn_in * args.epochs) if pool and labels not in given else 0
 
     for epoch in run.epochs(LABELS[labels], args.epochs, model=net, optimizer=optimizer):
@@ -577,10 +578,10 @@ def train(args: Args, run: common.Run, data: common.Data, pool, given: dict, lab
 
 
 def check(args: Args, run: common.Run, data: common.Data, pipe) -> str:
-    """Raises UserError for what would otherwise go wrong later; returns what drawing takes, for the plan."""
+    """UserError if arguments do not fit the data or the model; returns the cost of drawing, as text."""
     available, processes = len(data.unlabelled or []), run.accelerator.num_processes
     require(args.unlabelled <= available, f"--unlabelled {args.unlabelled}: {args.dataset} has {available}")
-    require(args.labels != "truth" or data.truth, f"--labels truth: that of {args.dataset} is not known")
+    require(args.labels != "truth" or data.truth, f"--labels truth: known for digits, not for {args.dataset}")
     of_pool = f"--synthetic_ratio {args.synthetic_ratio}: {pool_batch(args)} synthetic images in a batch are"
     require(pool_batch(args) % processes == 0, f"{of_pool} not a multiple of {processes} processes")
     if pipe is None:
@@ -593,12 +594,12 @@ def check(args: Args, run: common.Run, data: common.Data, pipe) -> str:
 
 
 def experiment(args: Args, run: common.Run, data: common.Data, pipe) -> dict:
-    """Draws the variations; trains without them, with their sources' labels, and with the chosen labels."""
+    """Draws variations; trains without them, with source labels, and with --labels; returns the scores."""
     drawing, folder = check(args, run, data, pipe), Path(args.synthetic or run.path, "synthetic")
     clip = common.clip_classifier(args.clip, data.class_names) if args.labels == "clip" else None
     records = common.read_records(folder, data.class_names) if args.synthetic else plan_variations(args, data)
     kinds = ["none"] if args.real_only else [*(["none", "seed"] if args.baseline else []), args.labels]
-    # choice: an epoch is one pass over the pool, and without a pool as many steps of as many images
+    # choice: an epoch is one pass over the pool; without a pool it has as many steps, of as many images
     steps = max(1, (len(records) + args.unlabelled) // pool_batch(args))
     titles, result = {kind: LABELS[kind] for kind in kinds}, {}
     run.begin(data, f"{', '.join(titles.values())}: {args.epochs} epochs of {steps} steps{drawing}")
@@ -623,8 +624,8 @@ def experiment(args: Args, run: common.Run, data: common.Data, pipe) -> dict:
 
 
 # The paper's comparison: every rung adds one part, all with as many images and as many training steps.
-# choice: without perturbation the variations by one path would be equal, so each gets its own path. On digits
-# the noise on the latents takes a variation as far from its source as the recipe's on the bottleneck does.
+# choice: without perturbation, variations from the same path are equal, so here each has its own path.
+# On digits, latent noise moves a variation as far from its source as the recipe's bottleneck noise does.
 LADDER = {
     "standard augmentation": dict(real_only=True),
     "+ img2img variations": dict(inversion="none", paths=0, perturb="none", labels="seed"),

@@ -35,7 +35,7 @@ rcParams.update({"font.size": 8, "axes.titlesize": 9, "legend.fontsize": 7, "leg
 
 
 class Finished:
-    """A run folder: its path, its script, args, data, an accelerator, and pipe (None if it drew nothing)."""
+    """A finished run: its folder, script, arguments and data; pipe is None if the run drew no images."""
 
     def __init__(self, path: Path):
         """Raises UserError if the folder holds no run of one of the scripts."""
@@ -55,7 +55,7 @@ class Finished:
 
 
 def tile(image: torch.Tensor) -> np.ndarray:
-    """An image [3, H, W], or a mask [1, H, W], in [0, 1] as [TILE, TILE, 3]."""
+    """Resizes an image [3, H, W] or a mask [1, H, W] in [0, 1] to an array [TILE, TILE, 3]."""
     mode = "nearest-exact" if image.shape[-1] <= TILE else "area"
     image = F.interpolate(image[None].float().cpu(), (TILE, TILE), mode=mode)[0].clamp(0, 1)
     return image.expand(3, -1, -1).permute(1, 2, 0).numpy()
@@ -64,8 +64,8 @@ def tile(image: torch.Tensor) -> np.ndarray:
 def sheet(axes, rows: list[list], columns=(), labels=(), right=(), under=(), title: str = "") -> None:
     """Draws rows of images; None leaves a place white.
 
-    columns, labels and right: texts above the columns, and left and right of the rows; under: rows of texts
-    below the images
+    columns: texts above the columns; labels, right: texts left and right of the rows; under: rows of texts,
+    one text below each image
     """
     lines = max((1 + text.count("\n") for texts in under for text in texts), default=0)
     high, wide, middle = TILE + 4 + 17 * lines, TILE + 4, TILE / 2 + 1
@@ -88,7 +88,7 @@ def sheet(axes, rows: list[list], columns=(), labels=(), right=(), under=(), tit
 
 
 def curves(axes, lines: dict, title: str, xlabel: str = "step i", first: int = 0, **options) -> None:
-    """Draws {name: (y from x = first on, style)}; a name that begins with "_" is not in the legend."""
+    """Draws lines {name: (y, style)}, with x from `first` on; names that begin with "_" get no legend."""
     for name, (y, style) in lines.items():
         axes.plot(range(first, first + len(y)), y, style, label=name, linewidth=1.4, markersize=3)
     axes.set(title=title, xlabel=xlabel, **options)
@@ -103,12 +103,12 @@ def stack(images: common.Images, indices) -> torch.Tensor:
 
 @torch.no_grad()
 def decoded(pipe, latents: torch.Tensor) -> torch.Tensor:
-    """Decodes latents [N, C, h, w] a few at a time; on the CPU."""
+    """Decodes latents [N, C, h, w], a few at a time, to images on the CPU."""
     return torch.cat([common.decode(pipe, z.to(pipe.device)).cpu() for z in latents.split(8)])
 
 
 class Steps(list):
-    """What a sampler passes to its on_step=steps.add, on the CPU; steps["x0"]: all steps' x0, stacked."""
+    """Records a sampler's steps, by on_step=steps.add, on the CPU; steps["x0"] stacks the x0 of all steps."""
 
     def add(self, i, t, values) -> None:
         self.append({"i": i, "t": int(t.max())} | {k: v.detach().float().cpu() for k, v in values.items()})
@@ -121,9 +121,9 @@ class Steps(list):
 
 
 def show_guides(run: Finished, records: list[dict], shown: list[dict], figure) -> None:
-    """Draws guides through all steps, and what comes of them without each part of the method.
+    """Draws how guides become variants, and the variants without the mask, L_contra or L_adv.
 
-    records: of all synthetic images, whose latents are the bank; shown: those whose guides are drawn
+    records: of all synthetic images; the guided ones' latents are the bank; shown: the records to draw
     """
     args, pipe, names, bank = run.args, run.pipe, run.data.class_names, {}
     for record in records:
@@ -173,9 +173,9 @@ def show_guides(run: Finished, records: list[dict], shown: list[dict], figure) -
 
 
 def show_guide(axes, pipe, steps: Steps, x0: list[torch.Tensor], guides, results: dict, g: int) -> None:
-    """Draws guide g: x^_0 (1), m_t (6), x^g (5) and x~ (6) at up to eight steps, then the results.
+    """Draws guide g, then x^_0 (1), m_t (6), x^g (5) and x~ (6) at up to eight steps, then the results.
 
-    Where gamma is next to 0 the guide is no longer mixed in: then there is no m_t and no x^g.
+    Once gamma is nearly 0, the guide is no longer mixed in, and m_t and x^g are left out.
     """
     mixing = max((i for i, step in enumerate(steps) if "m" in step), default=0)  # the last step with a guide
     shown = np.r_[np.linspace(0, mixing, 6), (mixing + len(steps) - 1) / 2, len(steps) - 1]
@@ -198,7 +198,7 @@ def show_guide(axes, pipe, steps: Steps, x0: list[torch.Tensor], guides, results
 
 
 def show_variations(run: Finished, figure) -> None:
-    """Draws an image's path (1) to (3), the size of its noise and of the perturbation, and variations (6)."""
+    """Draws an image's inversion (1) to (3), its variations (6), and the norms of noise and perturbation."""
     args, data, pipe, i = run.args, run.data, run.pipe, len(run.data.train) // 2
     image = common.for_generator(data.train, pipe, args.square)[i][0]
     name = data.class_names[data.train.labels[i]]
@@ -236,7 +236,7 @@ def show_variations(run: Finished, figure) -> None:
 
 
 def show_votes(run: Finished, answers: dict[int, dict], figure) -> None:
-    """Draws the heads' votes on eight synthetic images, and curves; answers: {epoch: its votes/EPOCH.pt}."""
+    """Draws the heads' votes on eight images, and curves of L_orth and labels; answers: {epoch: votes}."""
     last, names = answers[max(answers)], run.data.class_names
     records = common.read_records(run.images, names)
     use = last["index"] < len(records)  # the others are unlabelled real images
@@ -283,7 +283,7 @@ def show_votes(run: Finished, answers: dict[int, dict], figure) -> None:
 
 
 def show_tokens(run: Finished, records: list[dict], figure) -> None:
-    """Draws a class's token while it learns (1); one image with every sigma (2); one with four prompts."""
+    """Draws images of a token as it is learned (1), and one image's variations by sigma (2) and by prompt."""
     args, pipe, names, t_0 = run.args, run.pipe, run.data.class_names, run.args.strength[0]
     real, y = common.for_generator(run.data.train, pipe, args.square), records[len(records) // 2]["label"]
     images = stack(real, [i for i, label in enumerate(real.labels) if label == y])
@@ -298,7 +298,7 @@ def show_tokens(run: Finished, records: list[dict], figure) -> None:
     learned = torch.stack([start.cpu(), *(steps[k - 1]["S"] for k in moments)])
 
     def draw(texts: list[str], z: torch.Tensor, strength: float, key: int = 0) -> list[torch.Tensor]:
-        """An image by each prompt, all from the latents z [1, C, h, w] and by the same random draws."""
+        """One img2img image per prompt, all from the latents z [1, C, h, w] and the same random numbers."""
         options, key = common.options(diagen.img2img, args) | {"strength": strength}, (args.seed, KEY, y, key)
         return [diagen.img2img(pipe, z, [p], [common.generator(*key)], **options)[0].cpu() for p in texts]
 
@@ -349,7 +349,7 @@ def show_weights(run: Finished, records: list[dict], figure) -> None:
 
 
 def parts_of(run: Finished) -> list[tuple]:
-    """The parts of a run's picture: (height in inches, a function that draws in a figure)."""
+    """The parts of a run's picture: pairs of a height in inches and a function that draws into a figure."""
     args, parts = run.args, []
     own = run.path / ("metadata.jsonl" if run.pipe is None else "synthetic/metadata.jsonl")
     records = common.read_file(own, [])

@@ -43,7 +43,7 @@ def pools() -> dict[str, np.ndarray]:
 
 
 def web_digits(count: int) -> np.ndarray:
-    """The indices of `count` digits of the web pool, in its order, in equal numbers of each class (± 1)."""
+    """The indices of `count` digits of the web pool, in the pool's order, equally many per class (± 1)."""
     pool = pools()["web"]
     labels = sources()[1][pool]
     rank = [int((labels[:i] == label).sum()) for i, label in enumerate(labels)]  # among its class's digits
@@ -66,7 +66,7 @@ def sources():
 def draw_ink(digit: int, geometry: tuple[float, float, float, float], style: float = 0.0) -> np.ndarray:
     """The opacity [32, 32, 1] in [0, 1] of a digit that is rotated, scaled and shifted by `geometry`.
 
-    style: 0 to 1; the more, the more the digit is slanted and the thinner are its lines, as by another hand
+    style: 0 to 1; a higher style slants the digit more and thins its lines, as another hand would
     """
     degrees, scale, right, down = geometry
     k = 1 / (PIXELS_PER_DIGIT_PIXEL * scale)
@@ -82,7 +82,7 @@ def draw_ink(digit: int, geometry: tuple[float, float, float, float], style: flo
 def photograph(image: np.ndarray, style: float, rng: np.random.Generator) -> np.ndarray:
     """An image [32, 32, 3] in [0, 1] as another camera takes it: muted, flat, soft, warm and grainy.
 
-    style: 0, which changes nothing, to 1
+    style: from 0 (no change) to 1
     """
     if style == 0:
         return image
@@ -113,10 +113,10 @@ def render(digit: int, colour: str, setting: str, geometry: tuple, seed: int, st
     digit: index in scikit-learn's load_digits, 0 to 1796
     colour: a key of COLOURS; setting: one of SETTINGS
     geometry: rotation in degrees, scale, and shifts to the right and down in pixels
-    seed: of the crop, or of the plain colour
+    seed: of the background and of the camera's grain
     style: see draw_ink and photograph
 
-    A background too close to the digit's colour is drawn again, so that every sample is legible.
+    Of up to 40 backgrounds, the first with enough contrast to the digit is used, else the one with most.
     The same arguments give the same bytes.
     """
     rng = np.random.default_rng(seed)
@@ -188,9 +188,9 @@ def render_pool(indices: np.ndarray, count: int, seed: int, settings="all", styl
 
 @cache
 def splits(style: float = STYLE) -> dict[str, tuple[list[Image.Image], list[int]]]:
-    """The images and labels of each split. No digit is in two of the splits train, val and test.
+    """{split: (images, labels)}. The splits train, val and test share no digit; test_ood has those of test.
 
-    style: how far they differ from the web pool, 0 to 1; see draw_ink and photograph
+    style: how far the images differ from the web's, 0 to 1; see draw_ink and photograph
     """
     parts = {  # name: (digits, number of samples, settings)
         "train": (pools()["train"][:300], 1200, "common"),

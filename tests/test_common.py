@@ -81,7 +81,7 @@ def test_a_classifier_that_cannot_be_had_is_named_at_once(monkeypatch):
         patch.setattr("timm.create_model", lambda *_, **__: (_ for _ in ()).throw(OSError("no network")))
         build("resnet18", pretrained=True)
     monkeypatch.setattr("timm.create_model", lambda *_, **__: torch.nn.Conv2d(3, 4, 3))
-    with refused(r"has no feature vectors, but features \[4, 30, 30\]"):
+    with refused(r"its features are \[4, 30, 30\], not a vector"):
         build("resnet18")
 
 
@@ -181,7 +181,7 @@ def test_processes_share_one_random_order_whatever_each_has_drawn(samples):
     assert [len(batch) for batch in batches] == [8] * (samples // 8) and all(sorted(b) != b for b in batches)
     drawn = list(itertools.chain(*batches))
     assert sorted(drawn[:24]) == list(range(24)) and len(set(drawn[24:])) == samples - 24
-    with refused("a batch of 7 is not a multiple of 2 processes"):
+    with refused("2 processes cannot share a batch of 7 equally"):
         common.load(images, 7, process(0, 2))
 
 
@@ -226,7 +226,7 @@ def test_a_diverged_training_names_the_learning_rate():
     optimizer = common.make_optimizer("sgd", net, 0.1, 0.0, {})
     with refused("loss is not a number; lower --lr"):
         common.train_epoch(net, common.load(images, 3, accelerator), optimizer, [1.0] * 2, accelerator)
-    with refused("outputs are not numbers; lower --lr"):
+    with refused("outputs are NaN or infinite; lower --lr"):
         common.predict(net, images, accelerator)
 
 
@@ -350,11 +350,21 @@ def test_a_data_set_that_changed_while_a_run_was_stopped_is_refused(tmp_path):
         "val: None, was 2 images": dict(val=None),
     }
     for words, change in changes.items():
-        with refused(f"data set changed since .*{words}.*undo the change"):
+        with refused(f"data changed since .*{words}.*undo the change"):
             begun(run, replace(data, **change))
     (moved / "1.png").write_bytes(b"x")
-    with refused("data set changed since .*train: 2 images"):
+    with refused("data changed since .*train: 2 images"):
         begun(run, data)
+
+
+def test_a_file_that_an_argument_names_and_that_changed_is_refused_and_a_long_prompt_is_no_file(tmp_path):
+    data, given = a_data_set(tmp_path / "data"), {"prompts": str(tmp_path / "p.csv"), "prompt": "{}" * 2000}
+    for text in ("one", "one"):
+        (tmp_path / "p.csv").write_text(text)
+        begun(tmp_path / "run", data, **given)
+    (tmp_path / "p.csv").write_text("two")
+    with refused("data changed since .*--prompts: .*, was "):
+        begun(tmp_path / "run", data, **given)
 
 
 def test_overwriting_that_is_killed_at_any_deletion_is_made_good_when_it_is_given_again(tmp_path):

@@ -92,7 +92,7 @@ FAULTS = [  # class folders, other files, words of the error
     (["test/cat", "test/dog"], {}, "/train is missing; .*/train/CLASS"),
     (["cat"], {}, "has 1 classes; a classifier needs two"),
     ([*TWO, "val/cat", "val/owl"], {}, "val of .* has a class 'owl' that train does not"),
-    (["cat", "dog"], {"owl/IMG_1.heic": b""}, "owl has no images, but 1 other files"),
+    (["cat", "dog"], {"owl/IMG_1.heic": b""}, "owl has no images, only 1 other files"),
     (["0", "1"], {"classes.txt": "0,cat".encode("utf-16")}, "cannot read .*classes.txt.*UTF-8"),
     (["0", "1"], {"classes.txt": b"cat\ndog"}, "classes.txt, line 1: 'cat' must be FOLDER,NAME"),
     (["0", "1"], {"classes.txt": b"0,cat\n1 001.Owl\n"}, "line 2: '1 001.Owl' must be FOLDER,NAME"),
@@ -169,7 +169,7 @@ def test_class_names_read_as_english():
 def test_names_that_say_little_in_a_prompt_or_read_alike_warn(capsys, odd):
     names = common.name_classes(odd.split(), None)
     count = {"0": 1, "7": 1, "O": 2, "1": 2, "c": 0}[odd[0]]
-    said = f"warning: {count} class names say little in prompts, such as '{names[0]}'; see --class_names\n"
+    said = f"warning: {count} class names are unclear or alike, such as '{names[0]}'; see --class_names\n"
     assert capsys.readouterr().out == (said if count else "")
 
 
@@ -321,6 +321,8 @@ def test_values_of_more_than_8_bits_are_scaled_by_the_bits_that_they_use(tmp_pat
     if "float" in kind:
         values.flat[5] = np.nan
         assert opened(tmp_path / "b.tiff", Image.fromarray(values.astype(kind)))[0, 5].tolist() == [0, 0, 0]
+        pixels = opened(tmp_path / "c.tiff", Image.fromarray((1.3 * ramp).astype(kind)))  # over-exposed
+        assert abs(pixels - 255 * (1.3 * ramp[..., None]).clip(max=1)).max() <= 1
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -421,7 +423,7 @@ def test_columns_that_are_unclear_are_listed(tmp_path):
     saved(tmp_path / "two", train=two, test=two)
     saved(tmp_path / "none", train=data.select_columns(["image"]))
     for name, options in (("two", {}), ("none", {}), ("two", {"label_column": "shape"})):
-        with refused("has image.*give --label_column"):
+        with refused("no image or label in image.*: see --label_column"):
             load(tmp_path / name, "hf", **options)
     assert load(tmp_path / "two", "hf", label_column="coarse").class_names == ["old", "new"]
 

@@ -414,3 +414,6 @@ def test_prompts_of_a_file_take_turns_within_a_class_and_other_lines_are_refused
         file.write_text(line)
         with refused(f"'{line}' is not CLASS;NUMBER;PROMPT"):
             dreamda.plan_variations(args, data)
+    file.write_text("class_name;class_idx;prompt\n\n")
+    with refused("p.csv has no prompts"):
+        dreamda.plan_variations(args, data)

@@ -291,7 +291,7 @@ def test_data_that_changed_between_a_kill_and_going_on_is_refused(script, mine):
     )
     Image.new("RGB", (20, 20)).save(mine["data_dir"] / "train" / "guinea pig" / "added.png")
     error = the_error(in_this_process(script, **arguments))
-    assert re.search(r"the data set changed since the run in .*(train|val): \d+ images", error)
+    assert re.search(r"the data changed since the run in .*(train|val): \d+ images", error)
     run_well(script, "--overwrite", "--no_baseline", **arguments)
 
 
@@ -356,13 +356,13 @@ OF_ACTGEN = [  # what is done to the folder, arguments, words of the error
     (None, {"out": "data/run"}, "--out data/run is in --data_dir"),  # a class of the next run
     (None, {"prompt": "a " * 20 + "{}"}, "--prompt: 'baker's yeast' ends at token"),
     (None, {"attention_resolution": 5}, r"--attention_resolution 5 is none of \[4, 8\]"),
-    (None, {"steps": 2000}, "--steps 2000: the model was trained with 1000 only"),
+    (None, {"steps": 2000}, "--steps 2000: the model has only 1000 steps"),
 ]
 OF_DREAMDA = [
     (None, {"labels": "amts"}, "--labels.*'amts'"),
     (None, {"perturb": "head"}, "--perturb 'head'.* bottleneck, mid_input, "),
     (None, {"labels": "clip", "clip": "/nowhere/clip"}, "model '/nowhere/clip': there is no such folder"),
-    (None, {"labels": "truth"}, "--labels truth: that of folder is not known"),
+    (None, {"labels": "truth"}, "--labels truth: known for digits, not for folder"),
     (None, {"steps": 1000, "strength": 1}, "--steps 1000 with --strength 1"),
     (None, {"strength": 0.1}, "--steps 3 with --strength 0.1"),
     (None, {"unlabelled": 5}, "--unlabelled 5"),
