@@ -560,7 +560,7 @@ IMAGENET = timm.data.ImageNetInfo()
 
 
 def load_data(dataset, data_dir, image_size, augment="none", examples_per_class=0, seed=0, **options) -> Data:
-    """Loads a data set, downloading it if necessary. UserError if the data are bad. Arguments: see RunArgs."""
+    """Loads a data set or downloads it; UserError if the data are bad. Arguments: see RunArgs."""
     loaders = {"digits": _digits, "coco": _coco, "imagenet": _folder, "folder": _folder, "hf": _hf}
     data = loaders.get(dataset, _torchvision)(data_dir, name=dataset, **options)
     own, file = Path(data_dir, "classes.txt"), options.get("class_names")
