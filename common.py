@@ -443,7 +443,7 @@ class Data:
         return {name: images for name, images in vars(self).items() if isinstance(images, Images)}
 
     def fingerprint(self) -> dict[str, str]:
-        """{part: text}: classes; per split, the image count and a hash of file names, file sizes, labels."""
+        """{part: text}: the classes; each split's image count and hash of file names, sizes and labels."""
         found = {"the list of classes": ", ".join(self.class_names)}
         for split, images in self.splits().items():
             files = [*map(images.name, range(len(images)))]
@@ -987,7 +987,7 @@ class RunArgs:
     seed: int = number("[0, 4294967295]", "seed of every random draw", 0)
     ladder: bool = HfArg(default=False, help="run the ablation ladder over --seeds seeds")
     seeds: int = number("[1, 1000]", "number of seeds of the ladder", 5)
-    baseline: bool = HfArg(default=True, help="also train the method's baselines")
+    baseline: bool = HfArg(default=True, help="also train the baselines of the method")
     real_only: bool = HfArg(default=False, help="train on the real images alone")
     workers: int = number("[0, 1000]", "processes that load images, for each GPU", 8)
     diffusion: str | None = HfArg(default=None, help="Stable Diffusion: model id or local folder")

@@ -54,7 +54,7 @@ class Args(common.RunArgs):
     paths: int = number("[0, 10000]", "inversions per image, for its variations in turn; 0: one for each", 0)
     strength: float = number("(0, 1]", "share of the sampling steps that are inverted", 0.8)
     eta: float = number("[0, 1]", "DDIM's eta; 1: every step carries noise, 0: none does", 1.0)
-    prompts: str = HfArg(default="", help="CSV file of lines CLASS;NUMBER;PROMPT, instead of --prompt")
+    prompts: str = HfArg(default="", help="CSV file, CLASS;INDEX;PROMPT, instead of --prompt")
     variations: int = number("[1, 10000]", "M, number of variations of each training image", 30)
     perturb: str = HfArg(default="bottleneck", help="noise on bottleneck, mid_input, down, up, latents, none")
     noise_scale: float = number("[0, 1000]", "s, scale of the noise on the features", 3.0)
@@ -181,7 +181,7 @@ def invert(
     on_step = on_step or (lambda i, t, values: None)
     which = torch.arange(len(images)) if sources is None else torch.as_tensor(sources)
     prompts = source_prompts or [""] * len(images)
-    # choice: guidance between two empty prompts changes nothing, so the second row is left out
+    # choice: guidance between two empty prompts changes nothing, so it is switched off
     scale = source_guidance if any(prompts) else 1.0
     text, z0 = embed(pipe, prompts, scale)[:, which], common.encode(pipe, images).float()[which]
     s, noise = ddim_steps(pipe, steps, strength, 0.0 if inversion == "ddim" else eta), []
@@ -373,7 +373,7 @@ def self_training_loss(
                       + mean over u of CE(W_0 f(strong(u)), y^(u)) if u is labelled, else w_c L_cons
 
     real: all heads' logits [B, 2, 1 + A, K] of x and a_k(x), or [B, 1, 1, K] of x if A is 0; y: [B]
-    head: [B], the k of each image, 1 to A; auxiliary: the weights W_1..W_A [A, K, d]
+    head: [B], the k drawn for each image, 1 to A (A times its term estimates (7)); auxiliary: W_k [A, K, d]
     synthetic: all heads' logits [U, 1 + A, K] of strong(u); weak: W_0's probabilities [U, K] of weak(u)
     targets: y^, classes [U] or probabilities [U, K]; labelled: bools [U]; smoothing: for W_0; U may be 0
     """
@@ -417,7 +417,7 @@ def read_prompts(args: Args, data: common.Data) -> list[list[str]]:
     for line in text.splitlines():
         row = [field.strip(' "') for field in line.split(";", 2)]
         if line.strip() and row[0] != "class_name":  # the header
-            require(len(row) == 3 and row[0] in index, f"{args.prompts}: '{line}' is not CLASS;NUMBER;PROMPT")
+            require(len(row) == 3 and row[0] in index, f"{args.prompts}: '{line}' is not CLASS;INDEX;PROMPT")
             prompts[y := index[row[0]]].append(row[2].replace("{name}", names[y]))
     require(any(prompts) or not args.prompts, f"{args.prompts} has no prompts")
     return [own or [args.prompt.replace("{}", name)] for own, name in zip(prompts, names, strict=True)]
@@ -462,7 +462,7 @@ def draw_variations(args: Args, run: common.Run, pipe, data: common.Data, record
 
 
 def make_pool(args: Args, run: common.Run, data: common.Data, folder: Path, records: list[dict], clip):
-    """The pool (N images: synthetic, then --unlabelled ones); {kind of LABELS: known labels [N], else -1}."""
+    """The pool: N images, synthetic then --unlabelled; {kind: labels [N] known before training, -1: none}."""
     images, accelerator = common.images_of(records, folder, data.test.transform), run.accelerator
     given = dict.fromkeys(("seed", "seed_heads"), torch.tensor(images.labels + [-1] * args.unlabelled))
     if args.unlabelled:
@@ -510,7 +510,7 @@ def predict_targets(args: Args, run: common.Run, model, pool, given: dict, label
 
 
 def pool_batch(args: Args) -> int:
-    """The number of pool images in a batch."""
+    """The number of pool images, synthetic or unlabelled, in a batch."""
     return max(1, round(args.batch_size * args.synthetic_ratio))
 
 

@@ -236,7 +236,7 @@ def show_variations(run: Finished, figure) -> None:
 
 
 def show_votes(run: Finished, answers: dict[int, dict], figure) -> None:
-    """Draws the heads' votes on eight images, and curves of L_orth and labels; answers: {epoch: votes}."""
+    """Draws votes on eight images; curves of L_orth, label share and accuracy; answers: {epoch: votes}."""
     last, names = answers[max(answers)], run.data.class_names
     records = common.read_records(run.images, names)
     use = last["index"] < len(records)  # the others are unlabelled real images

@@ -52,7 +52,7 @@ def web_digits(count: int) -> np.ndarray:
 
 @cache
 def sources():
-    """scikit-learn's digits [1797, 8, 8] in [0, 1], their labels [1797], and the two photographs by name."""
+    """scikit-learn's digits [1797, 8, 8] in [0, 1], their labels [1797], and its photos {name: image}."""
     from sklearn.datasets import load_digits, load_sample_images
 
     digits = load_digits()

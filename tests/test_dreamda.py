@@ -412,7 +412,7 @@ def test_prompts_of_a_file_take_turns_within_a_class_and_other_lines_are_refused
     assert prompts[3:] == ["a photo of a dog"] * 3 + ["a tabby; asleep", *prompts[:2]]
     for line in ("cow;0;a {name}", "cat;a {name}", "a photo of a cat"):
         file.write_text(line)
-        with refused(f"'{line}' is not CLASS;NUMBER;PROMPT"):
+        with refused(f"'{line}' is not CLASS;INDEX;PROMPT"):
             dreamda.plan_variations(args, data)
     file.write_text("class_name;class_idx;prompt\n\n")
     with refused("p.csv has no prompts"):
