@@ -181,17 +181,24 @@ def compare(args: Args, store: Path) -> dict[tuple, dict[str, list]]:
 
 
 def table(found: dict[tuple, dict[str, list]]) -> list[str]:
-    """A table of means and 95 % intervals; its gains over BASE are paired seed by seed."""
-    columns = ["cell", "per class", "method", "test", "gain", "test_ood", "gain"]
-    means = ["right digit", "FID", "generation", "training"]  # the seconds of the last two
-    lines = [f"| {' | '.join(columns + means)} |", "|---" * len(columns + means) + "|"]
-    for (cell, k, name), runs in found.items():
-        cells = [cell, str(k), name]
-        for split in ("test", "test_ood"):
-            gain = np.subtract(runs[split], found[cell, k, BASE][split])
-            cells += [common.interval_text(runs[split]), common.interval_text(gain, "+") * (name != BASE)]
-        cells += [f"{np.mean(runs[key]):.0f}" if key in runs else "" for key in means]
-        lines.append(f"| {' | '.join(cells)} |")
+    """A table per cell: test / test_ood of BASE, and the other methods' gains over BASE, seed by seed.
+
+    They are means with 95 % intervals; the last columns are means over all runs.
+    """
+    lines, about = [], ["right digit", "FID", "generation", "training"]  # the last two in seconds
+    for cell in dict.fromkeys(cell for cell, _, _ in found):
+        sizes = [k for c, k, name in found if (c, name) == (cell, BASE)]
+        columns = [f"cell {cell}", *(f"{k} per class" for k in sizes), *about]
+        lines += ["", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+        for name in METHODS:
+            cells, runs = [name], [found[cell, k, name] for k in sizes]
+            for k in sizes:
+                base, own = ([found[cell, k, n][s] for s in ("test", "test_ood")] for n in (BASE, name))
+                gains = own if name == BASE else np.subtract(own, base)
+                cells.append(" / ".join(common.interval_text(gain, "+" * (name != BASE)) for gain in gains))
+            known = {key: [v for run in runs for v in run.get(key, [])] for key in about}
+            cells += [f"{np.mean(values):.0f}" if values else "" for values in known.values()]
+            lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
