@@ -373,14 +373,14 @@ def self_training_loss(
                       + mean over u of CE(W_0 f(strong(u)), y^(u)) if u is labelled, else w_c L_cons
 
     real: all heads' logits [B, 2, 1 + A, K] of x and a_k(x), or [B, 1, 1, K] of x if A is 0; y: [B]
-    head: [B], the k drawn for each image, 1 to A (A times its term estimates (7)); auxiliary: W_k [A, K, d]
+    head: [B], the k drawn for each image, 1 to A (its term times A estimates (7)); auxiliary: W_k [A, K, d]
     synthetic: all heads' logits [U, 1 + A, K] of strong(u); weak: W_0's probabilities [U, K] of weak(u)
     targets: y^, classes [U] or probabilities [U, K]; labelled: bools [U]; smoothing: for W_0; U may be 0
     """
     L_x = F.cross_entropy(real[:, 0, 0], y, label_smoothing=smoothing)
     L_aux = L_u = torch.zeros_like(L_x)
     if A := len(auxiliary):
-        # choice: in each step an image trains one random auxiliary head. A times that loss estimates the sum
+        # choice: in each step an image trains one random auxiliary head. This loss times A estimates the sum
         # over k, and costs one more view of each image instead of A more.
         own = real[torch.arange(len(y), device=y.device), 1, head]  # W_k f(a_k(x))
         # choice: the auxiliary heads' labels are not smoothed, because their confidence decides in (9)
