@@ -459,17 +459,14 @@ def train(args: Args, run: common.Run, data: common.Data, pipe, title: str, epoc
         rates = [args.lr * common.cosine((epoch + min(1, p)) / epochs, args.warmup) for p in progress]
         loss = common.train_epoch(model, batches, optimizer, rates, accelerator, args.label_smoothing)
         run.log(loss=loss, images=len(images), synthetic=len(variants.images))
-        if (epoch + 1) % args.eval_every == 0 or epoch + 1 == epochs:
+        if (epoch + 1) % max(1, args.eval_every * epochs // args.epochs) == 0 or epoch + 1 == epochs:
             run.log(scores=common.evaluate(net, data, accelerator, args.workers))
 
         # after every epoch of the first half: variants of what the classifier gets wrong
         if epoch < half:
-
-            def plan(epoch=epoch):
-                answers = untrained or common.predict(net, gen_val, accelerator, args.workers)
-                return plan_epoch(args, gen_val, *answers, names, epoch)
-
-            records = run.once(f"plans/{epoch + 1:03d}.json", plan, together=True)
+            answers = untrained or common.predict(net, gen_val, accelerator, args.workers)
+            plan = partial(plan_epoch, args, gen_val, *answers, names, epoch)
+            records = run.once(f"plans/{epoch + 1:03d}.json", plan)
             # choice: the memory bank holds images of earlier epochs only, so no batch depends on another
             draw_variants(args, run, pipe, net.eval(), gen_val, names, records, variants.bank)
             variants.add(records)
@@ -479,9 +476,10 @@ def train(args: Args, run: common.Run, data: common.Data, pipe, title: str, epoc
 
 def equal_epochs(args: Args, real: int) -> int:
     """The number of epochs on real images alone that show as many images as ActGen does in args.epochs."""
-    half, held_out = args.epochs // 2, 0 if args.few_shot else args.genval_share * real
-    synthetic = args.images_per_epoch * (half * (half - 1) / 2 + half * (args.epochs - half))
-    return round((real * args.epochs - held_out * half + synthetic) / real)
+    half, held_out, B = args.epochs // 2, 0 if args.few_shot else args.genval_share * real, args.batch_size
+    images = [real - held_out * (e < half) + args.images_per_epoch * min(e, half) for e in range(args.epochs)]
+    shown = [n - n % B if n >= B else n for n in (real, *images)]  # batches_of drops a last, smaller batch
+    return round(sum(shown[1:]) / shown[0])
 
 
 def experiment(args: Args, run: common.Run, data: common.Data, pipe) -> dict:
@@ -489,8 +487,8 @@ def experiment(args: Args, run: common.Run, data: common.Data, pipe) -> dict:
     epochs, images = equal_epochs(args, len(data.train)), args.epochs // 2 * args.images_per_epoch
     plan, result = f"real only, {epochs} epochs", {}
     if pipe:
-        most = pipe.scheduler.config.num_train_timesteps
-        require(args.steps <= most, f"--steps {args.steps}: the model has only {most} steps")
+        require(args.steps < (n := pipe.scheduler.config.num_train_timesteps), f"--steps must be below {n}")
+        require(args.few_shot or len(data.train) > len(data.class_names), "no image to guide; see --few_shot")
         common.check_prompt(pipe, args.prompt, data.class_names, "--prompt")
         attention_layers(pipe.unet, args.attention_resolution)
         plan += f"; ActGen, {args.epochs} epochs, {common.cost(pipe, images, 2 * args.steps)}"
@@ -507,9 +505,9 @@ LADDER = {
     "real only": dict(real_only=True),
     "random generation": dict(random_generation=True),
     "+ image guidance": dict(attention_mask=False, contrastive_weight=0.0, adversarial_weight=0.0),
-    "+ attention mask": dict(contrastive_weight=0.0, adversarial_weight=0.0),
-    "+ contrastive": dict(adversarial_weight=0.0),
-    "+ adversarial": dict(),
+    "+ attention mask": dict(attention_mask=True, contrastive_weight=0.0, adversarial_weight=0.0),
+    "+ contrastive": dict(attention_mask=True, adversarial_weight=0.0),
+    "+ adversarial": dict(attention_mask=True),
 }
 METHOD = common.Method("actgen", Args, RECIPES, LADDER, experiment)
 

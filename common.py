@@ -206,7 +206,7 @@ class CLIPBackbone(nn.Module):
 @torch.no_grad()
 def clip_classifier(model_id: str, class_names: list[str]) -> Classifier:
     """CLIP's image encoder; its head holds the text features of "a photo of a {name}" (zero-shot)."""
-    clip, tokenizer = (from_pretrained(cls, model_id) for cls in (CLIPModel, CLIPTokenizer))
+    clip, tokenizer = from_pretrained(CLIPModel, model_id).float(), from_pretrained(CLIPTokenizer, model_id)
     prompts = [f"a photo of a {name}" for name in class_names]
     text = clip.text_model(**tokenizer(prompts, padding=True, truncation=True, return_tensors="pt"))
     text = F.normalize(clip.text_projection(text.pooler_output), dim=1)
@@ -569,7 +569,7 @@ def load_data(dataset, data_dir, image_size, augment="none", examples_per_class=
         others, held = split_per_class(data.train.labels, 0.2, seed=0)
         say(f"{data_dir} has no test split: a fifth of each class is held out for it, {len(held)} images")
         data.test, data.train = data.train.subset(held), data.train.subset(others)
-    require(len(data.test), f"{data_dir} has no test images")
+    require(min(map(len, data.splits().values())), f"{data_dir} has a split without images")
     counts, need = np.bincount(data.train.labels, minlength=len(data.folders)), max(1, examples_per_class)
     few = f"{counts.min()} training images of '{data.class_names[counts.argmin()]}'"
     require(counts.min() >= need, f"{data_dir} has {few}, {need} are needed")
@@ -639,7 +639,8 @@ def _folder(root: str, name: str = "folder", skip_bad_images: bool = False, **_)
     inner = [p for p in sorted(Path(root).glob("*")) if p.is_dir() and not STRAY.match(p.name)]
     names = {"train": "train", "val": "test"} if name == "imagenet" else SPLITS
     named = [(names[p.name.lower()], p) for p in inner if p.name.lower() in names]
-    named, splits, kinds = named or [("train", Path(root))], {}, torchvision.datasets.folder.IMG_EXTENSIONS
+    named, splits = named or [("train", Path(root))], {}
+    kinds = (*torchvision.datasets.folder.IMG_EXTENSIONS, ".gif", ".avif")
     require("train" in dict(named), f"{root}/train is missing; {layout}")
     for split, folder in named:
         classes = [p for p in sorted(folder.glob("*")) if p.is_dir() and not STRAY.match(p.name)]
@@ -681,10 +682,11 @@ def _hf(root: str, label_column: str = "", **_) -> Data:
     images = [c for c, feature in features.items() if isinstance(feature, datasets.Image)]
     labels = [c for c, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
     label = label_column or "".join(labels)  # several names joined are no column: refused below
-    require(images and label in features, f"no image or label in {', '.join(features)}: see --label_column")
+    fits = images and isinstance(features.get(label), datasets.ClassLabel | datasets.Value)
+    require(fits, f"no image or label in {', '.join(features)}: see --label_column")
     names = dict(enumerate(getattr(features[label], "names", [])))
     for split, part in found.items():
-        known, pictures = part[label], part.select_columns(images[:1])
+        known, pictures = part[label] if label in part.features else [], part.select_columns(images[:1])
         known = [names.get(y) if names else y for y in known]  # None, or -1 of a ClassLabel: no label
         pairs = [((pictures, i), y) for i, y in enumerate(known) if y is not None]
         splits |= {split: pairs} if pairs or split == "train" else {}
@@ -761,6 +763,8 @@ class Run:
                 raise UserError(f"another process is running in {self.path}; give another --out") from None
             except OSError as error:  # a file system without locks
                 say(f"warning: {self.path} cannot be locked ({error.strerror}); start no second run in it")
+            before = read_file(self.path / "config.json", self.config)
+            require("args" in before, f"{self.path} has a config.json that no run wrote; give another --out")
             if args.overwrite and (self.path / "config.json").exists():  # else it is no run's folder
                 for old in sorted(self.path.glob("[!.]*"), key=lambda path: path.name == "config.json"):
                     shutil.rmtree(old) if old.is_dir() else old.unlink()  # config.json, its mark, goes last
@@ -768,6 +772,7 @@ class Run:
             for key in sorted(vars(args).keys() - self.MAY_CHANGE):
                 old, now = before.get(key), getattr(args, key)
                 moved = isinstance(now, str) and os.path.exists(now) and Path(now).name == Path(str(old)).name
+                moved = moved and (not os.path.exists(old) or os.path.samefile(old, now))
                 message = f"{self.path} holds a run with --{key} {old}, this one has --{key} {now}"
                 message += " (a longer run has other learning rates)" * (key == "epochs")
                 require(old == now or moved, f"{message}; give another --out, or --overwrite")
@@ -819,7 +824,7 @@ class Run:
         """Yields the epochs (0 to count - 1) that are still to do, with a progress bar; seeds torch for each.
 
         Before the first epoch it restores the checkpoint TITLE.pt, if any: the states of `parts` (models,
-        optimizers) and the logged lines. After each epoch it saves these, and writes metrics.jsonl.
+        optimizers) and the logged lines. It saves these after each epoch, in long runs about 300 times.
         """
         scaler, file = getattr(self.accelerator, "scaler", None), f"{slug(title)}.pt"
         parts |= {"scaler": scaler} if scaler else {}  # of the losses, in fp16
@@ -836,7 +841,8 @@ class Run:
             log.append(self.line | {"seconds": time.time() - self.drawing - clock})
             bar.set_postfix({k: f"{v:.3f}" for k, v in self.line.items() if isinstance(v, float)})
             self.write("metrics.jsonl", [*itertools.chain(*self.logs.values())])
-            self.write(file, {name: part.state_dict() for name, part in parts.items()} | {"log": log})
+            if (epoch + 1) % max(1, count // 300) == 0 or epoch + 1 == count:  # for the disk's sake
+                self.write(file, {name: part.state_dict() for name, part in parts.items()} | {"log": log})
 
     def log(self, **values) -> None:
         """Adds values to this epoch's line of metrics.jsonl; with `scores`, also the top-1 of each split."""
@@ -911,8 +917,7 @@ def load_classifier(folder: str, title: str) -> tuple[Classifier, list[str]]:
 
 
 def record(class_names: list[str], label: int, stem: str, seed: list[int]) -> dict:
-    """Metadata of a synthetic image: file name (in a folder per class), label, class name, random seed."""
-    # the folder begins with the label, so that ImageFolder finds the same labels
+    """Metadata of a synthetic image. Its folder begins with the label, so ImageFolder keeps the labels."""
     folder = f"{label:04d} " + re.sub(r"[^\w ()'-]", "_", class_names[label])[:60].strip()
     return dict(file_name=f"{folder}/{stem}.png", label=label, class_name=class_names[label], seed=seed)
 
@@ -1033,7 +1038,7 @@ class Method:
 
     def recipe(self, dataset: str = "digits", classifier: str = "", method: str = "", **_) -> dict:
         """The values of all recipes that apply, merged; see `recipes` of Method."""
-        words = {"*", dataset, classifier, method}
+        words = {"*", dataset, classifier.split(".")[0], method}
         return {k: v for key, vs in self.recipes.items() if {*key.split("/")} <= words for k, v in vs.items()}
 
     def arguments(self, **given):
@@ -1086,7 +1091,8 @@ def run_once(method: Method, args, accelerator) -> dict:
 def run_ladder(method: Method, given: dict, accelerator) -> str:
     """Runs every rung of the ladder for every seed; returns the table, which is also in ladder.md."""
     args, top1 = method.arguments(**given), {}
-    require(not given.keys() & {"synthetic", "embeddings"}, "--ladder takes no --synthetic or --embeddings")
+    fixed = sorted({"synthetic", "embeddings", "real_only", "random_generation", "method"} & given.keys())
+    require(not fixed, f"--ladder takes no --{' or --'.join(fixed)}: its rungs set them")
     for seed in range(args.seed, args.seed + args.seeds):
         out = {rung: str(Path(args.out, f"{slug(rung)}-s{seed}")) for rung in method.ladder}
         for rung, changes in method.ladder.items():
@@ -1120,9 +1126,9 @@ def report(result: dict[str, dict], out: str) -> str:
         cells = [f"{v:9.1f}" + (f"{v - base:+8.1f}" if own is not first else " " * 8) for v, base in values]
         lines.append(f"{title:24}{''.join(cells)}".rstrip())
     lines += [r["note"] for r in result.values() if "note" in r]
-    training, generation = (sum(r.get(key, 0) for r in result.values()) for key in ("training", "generation"))
-    made = f"{max(r.get('synthetic', 0) for r in result.values())} images generated in {generation:.0f} s"
-    return "\n".join([*lines, f"{made}, {training:.0f} s of training; {out}"])
+    training, drawn = (sum(r.get(key, 0) for r in result.values()) for key in ("training", "generation"))
+    n = sum(r["synthetic"] for r in result.values() if "generation" in r)
+    return "\n".join([*lines, f"{n} images generated in {drawn:.0f} s, {training:.0f} s of training; {out}"])
 
 
 def main(method: Method) -> None:
@@ -1139,6 +1145,6 @@ def main(method: Method) -> None:
     except OSError as error:
         message = f"cannot read or write {error.filename or args.out}: {error.strerror or error}"
     except KeyboardInterrupt:
-        message = "stopped; the same command goes on from here"
+        message = "stopped; the same command, without --overwrite, goes on from here"
     print(f"{method.name}.py: error: {message}", file=sys.stderr)
     sys.exit(2)

@@ -21,7 +21,7 @@ Paper to code:
         variations of the real images             img2img, equations (3) to (5)
         their strength t_0                        common.ddim
     3.3 the confidence filter                     train_filter
-        its temperature                           fit_temperature, equation (6); judge: its calibration error
+        its temperature                           fit_temperature, equation (6)
         confidence q                              confidences, equation (7)
         weight w(q)                               weights_of, equation (8)
         training on real and synthetic images     draw_weights; train, its best epoch: Best
@@ -45,7 +45,6 @@ from diffusers.utils.torch_utils import randn_tensor
 from safetensors.torch import load_file, save_file
 from scipy.optimize import minimize_scalar
 from torch import nn
-from torchmetrics.functional.classification import multiclass_calibration_error
 from torchvision.transforms import v2
 from tqdm.auto import tqdm
 from transformers import AddedToken, AutoTokenizer
@@ -236,11 +235,11 @@ DIGIT_WORDS = {"adjective": "red yellow green blue white purple".split()}
 DIGIT_WORDS |= {"location": [f"on a {setting} background" for setting in ("temple", "flower", "plain")]}
 
 
-def write_prompt(rng: np.random.Generator, words: dict[str, list[str]] = WORDS) -> str:
+def write_prompt(rng: np.random.Generator, words: dict[str, list[str]] = WORDS, prompt: str = PHOTO) -> str:
     """A random prompt in the paper's form, {} for the class name; each optional part has probability 1/2."""
     parts = {part: str(rng.choice(options)) for part, options in words.items() if rng.random() < 0.5}
-    adjective = parts.pop("adjective", None)
-    return " ".join(["a photo of a", *([adjective] if adjective else []), "{}", *parts.values()])
+    name = " ".join([*([parts.pop("adjective")] if "adjective" in parts else []), "{}"])
+    return " ".join([prompt.replace("{}", name), *parts.values()])
 
 
 def template_of(prompt: str, name: str) -> str:
@@ -301,7 +300,7 @@ def write_prompts(args: Args, class_names: list[str]) -> str:
     """The text of a CSV file of prompts, by the language model or of random words; see read_prompts."""
     count, rng = args.prompts_per_class, np.random.default_rng(args.seed)
     words = DIGIT_WORDS if args.dataset == "digits" else WORDS
-    prompts = [[write_prompt(rng, words) for _ in range(count)] for _ in class_names]
+    prompts = [[write_prompt(rng, words, args.prompt) for _ in range(count)] for _ in class_names]
     if args.prompts == "llm":
         prompts = ask_llm(args.llm, class_names, count, args.uncommon)
     writer = csv.writer(file := io.StringIO(), delimiter=";", lineterminator="\n")
@@ -582,11 +581,9 @@ def judge(args: Args, run: common.Run, data: common.Data, images: common.Images)
     # as released, the filter sees images with RandAugment alone
     view = common.make_transforms(args.image_size, "none+randaugment", "squeeze")[0]
     model = train_filter(args, run.accelerator, data.train.seen(view), data)
-    logits, labels = common.predict(model, data.val, run.accelerator, args.workers)
-    report = {"temperature": (T := fit_temperature(logits, labels))}
-    for stage, z in (("before", logits), ("after", logits / T)):
-        ece = multiclass_calibration_error(z.softmax(1), labels, z.shape[1]).item()
-        report[stage] = common.scores(z, labels) | {"ece": ece}
+    z, y = common.predict(model, data.val, run.accelerator, args.workers)
+    T = fit_temperature(z, y)
+    report = {"temperature": T, "before": common.scores(z, y), "after": common.scores(z / T, y)}
     return {"confidence": confidences(args, run.accelerator, model, T, images.seen(view)), "report": report}
 
 
@@ -622,8 +619,8 @@ def train(args: Args, run: common.Run, data: common.Data, title: str, images=Non
         batches = draw_batches(args, everything, chances, accelerator, epoch)
         run.log(loss=common.train_epoch(model, batches, optimizer, rates, accelerator, args.label_smoothing))
 
-        # the epoch that is best on the validation split, by the mean of the classes' accuracies, counts.
-        # In the released code it is always the last: the weights that it keeps are an alias.
+        # the epoch with the best class_mean on the validation split counts (tables show top-1, the paper's
+        # class_mean). In the released code the last epoch always counts: the weights it keeps are an alias.
         if (epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs:
             score = common.scores(*common.predict(model, data.val, accelerator, args.workers))
             run.log(val=score["class_mean"], val_nll=score["nll"])
@@ -636,8 +633,6 @@ def train(args: Args, run: common.Run, data: common.Data, title: str, images=Non
 
 def check(args: Args, run: common.Run, data: common.Data, pipe) -> None:
     """Raises UserError for mistakes that would otherwise show only after hours."""
-    if pipe is None:
-        return
     for strength in args.strength:
         common.ddim(pipe, args.steps, strength)
     names, learned = data.class_names, args.method != "real_guidance"
@@ -656,7 +651,8 @@ def check(args: Args, run: common.Run, data: common.Data, pipe) -> None:
 def experiment(args: Args, run: common.Run, data: common.Data, pipe) -> dict:
     """Trains the baselines (standard augmentation, DA-Fusion) and the method; returns {title: scores}."""
     add_validation(args, data)
-    check(args, run, data, pipe)
+    if pipe:
+        check(args, run, data, pipe)
     jobs, result = {} if args.real_only else {METHODS[args.method]: args}, {}
     if args.baseline and args.method == "diagen" and pipe:
         jobs = {"DA-Fusion": replace(args, method="da_fusion", **PLAIN)} | jobs
@@ -666,7 +662,7 @@ def experiment(args: Args, run: common.Run, data: common.Data, pipe) -> dict:
         plan = f"{common.cost(pipe, len(jobs) * images, passes)}, {plan}"
     elif args.synthetic:
         records = common.read_records(Path(args.synthetic, "synthetic"), data.class_names)
-        there = common.read_file(Path(args.synthetic, "config.json"))
+        there = common.read_file(Path(args.synthetic, "config.json"), {"args": {}, "data": {}})
         there, here = there["args"] | there["data"], vars(args) | data.fingerprint()
         keys = ["dataset", "seed", "examples_per_class", "variations", "train"]
         keys = [key for key in keys if there.get(key) != here[key]]
@@ -679,7 +675,7 @@ def experiment(args: Args, run: common.Run, data: common.Data, pipe) -> dict:
         records = draw_variations(job, run, pipe, data, folder) if pipe else records
         images, weights, report = weigh(job, run, data, records, folder)
         result[title] = train(job, run, data, title, images, weights) | report
-        result[title] |= {"generation": run.drawing} if job is args else {}
+        result[title]["generation"] = run.drawing - sum(r.get("generation", 0) for r in result.values())
     return result
 
 

@@ -413,12 +413,11 @@ def read_prompts(args: Args, data: common.Data) -> list[list[str]]:
     """Each class's prompts in the file --prompts, with {name} filled in; if it has none, --prompt."""
     names, prompts = data.class_names, [[] for _ in data.class_names]
     index = {name: y for known in (data.folders, names) for y, name in enumerate(known)}
-    text = common.read_text(Path(args.prompts)) if args.prompts else ""
-    for line in text.splitlines():
+    for line in common.read_text(Path(args.prompts)).splitlines() if args.prompts else ():
         row = [field.strip(' "') for field in line.split(";", 2)]
         if line.strip() and row[0] != "class_name":  # the header
-            require(len(row) == 3 and row[0] in index, f"{args.prompts}: '{line}' is not CLASS;INDEX;PROMPT")
-            prompts[y := index[row[0]]].append(row[2].replace("{name}", names[y]))
+            require(row[0] in index and row[2:] > [""], f"{args.prompts}: '{line}' is not CLASS;INDEX;PROMPT")
+            prompts[y := index[row[0]]].append(row[2].replace("{}", "{name}").replace("{name}", names[y]))
     require(any(prompts) or not args.prompts, f"{args.prompts} has no prompts")
     return [own or [args.prompt.replace("{}", name)] for own, name in zip(prompts, names, strict=True)]
 
@@ -582,8 +581,7 @@ def check(args: Args, run: common.Run, data: common.Data, pipe) -> str:
     available, processes = len(data.unlabelled or []), run.accelerator.num_processes
     require(args.unlabelled <= available, f"--unlabelled {args.unlabelled}: {args.dataset} has {available}")
     require(args.labels != "truth" or data.truth, f"--labels truth: known for digits, not for {args.dataset}")
-    of_pool = f"--synthetic_ratio {args.synthetic_ratio}: {pool_batch(args)} synthetic images in a batch are"
-    require(pool_batch(args) % processes == 0, f"{of_pool} not a multiple of {processes} processes")
+    require((n := pool_batch(args)) % processes == 0, f"{processes} processes cannot share {n} pool images")
     if pipe is None:
         return ""
     common.check_prompt(pipe, "{}", sum(read_prompts(args, data), []), args.prompts or "--prompt")
@@ -597,6 +595,9 @@ def experiment(args: Args, run: common.Run, data: common.Data, pipe) -> dict:
     """Draws variations; trains without them, with source labels, and with --labels; returns the scores."""
     drawing, folder = check(args, run, data, pipe), Path(args.synthetic or run.path, "synthetic")
     clip = common.clip_classifier(args.clip, data.class_names) if args.labels == "clip" else None
+    there = common.read_file(folder.parent / "config.json", {"args": vars(args)})["args"]
+    other = [k for k in ("dataset", "seed", "examples_per_class") if there.get(k) != getattr(args, k)]
+    require(not other, f"--synthetic {args.synthetic} is of other real images; changed: {', '.join(other)}")
     records = common.read_records(folder, data.class_names) if args.synthetic else plan_variations(args, data)
     kinds = ["none"] if args.real_only else [*(["none", "seed"] if args.baseline else []), args.labels]
     # choice: an epoch is one pass over the pool; without a pool it has as many steps, of as many images
@@ -631,8 +632,8 @@ LADDER = {
     "+ img2img variations": dict(inversion="none", paths=0, perturb="none", labels="seed"),
     "+ inversion, no perturbation": dict(paths=0, perturb="none", labels="seed"),
     "+ latent noise": dict(perturb="latents", noise_scale=0.1, labels="seed"),
-    "+ bottleneck noise": dict(labels="seed"),
-    "+ AMST": dict(synthetic="+ bottleneck noise"),
+    "+ bottleneck noise": dict(perturb="bottleneck", labels="seed"),
+    "+ AMST": dict(synthetic="+ bottleneck noise", labels="amst"),
 }
 METHOD = common.Method("dreamda", Args, RECIPES, LADDER, experiment)
 

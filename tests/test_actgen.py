@@ -2,6 +2,7 @@
 
 import copy
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -169,6 +170,7 @@ def test_what_the_sampler_cannot_do_is_refused(pipe, guides, monkeypatch):
     monkeypatch.setattr(pipe.unet, "forward", copy.deepcopy(pipe.unet).forward)  # as of an exported engine
     with refused("bypasses its attention processors"):
         draw(pipe, guides, some=one)
+    assert actgen.attention_layers(torch.compile(pipe.unet), 8) == actgen.attention_layers(pipe.unet, 8)
     assert {name: id(part) for name, part in pipe.unet.attn_processors.items()} == before
 
 
@@ -242,11 +244,13 @@ def test_a_gradient_step_has_length_nu_or_as_released_in_every_channel():
     assert torch.allclose(moved, expected, atol=1e-4)
 
 
-def test_the_sampler_takes_gradient_steps_only_where_there_is_a_loss(pipe, guides, oracle):
-    """Of exactly nu, in the first gradient_steps, for images that have a bank or are to be hard."""
+@pytest.mark.parametrize("channels", [0, 96])
+def test_the_sampler_takes_gradient_steps_only_where_there_is_a_loss(pipe, guides, oracle, channels):
+    """Of nu, or nu per channel, in the first gradient_steps, for images with a bank or to be hard."""
     labels, path = guides[1][:4], []
     options = dict(adversarial=torch.tensor([False, True, True, False]), nu=0.3, rho=1e4, steps=12)
     options |= dict(guided=torch.tensor([True, True, False, True]), gradient_steps=5)
+    options |= dict(nu=0.3 / channels**0.5, channel_steps=True) if channels else {}
     bank = {int(labels[0]): torch.zeros(1, 4, 16, 16)}
     draw(pipe, guides, oracle, slice(4), bank=bank, on_step=lambda *v: path.append(v[2]["c"]), **options)
     start = pipe.encode_prompt([f"a photo of a {NAMES[y]}" for y in labels], "cpu", 1, False)[0]
@@ -302,7 +306,22 @@ def test_the_curriculum_goes_from_half_text_only_to_half_adversarial():
 def test_the_control_sees_as_many_images_as_active_training():
     args = actgen.METHOD.arguments(epochs=6, images_per_epoch=10, few_shot=False, genval_share=0.25)
     epochs = [75, 75 + 10, 75 + 20, 100 + 30, 100 + 30, 100 + 30]  # gen-val of 25 merges at half time
+    args.batch_size = 1
     assert actgen.equal_epochs(args, 100) == round(sum(epochs) / 100)
+
+
+@pytest.mark.parametrize("real", [40, 96, 127])
+def test_the_control_sees_as_many_images_of_a_small_data_set_whose_last_batches_are_dropped(real):
+    args = actgen.METHOD.arguments(epochs=20, images_per_epoch=10, few_shot=True, batch_size=64, workers=0)
+
+    def shown(images):
+        images = common.Images(
+            [Image.new("RGB", (8, 8))] * images, [0] * images, common.make_transforms(8)[0]
+        )
+        return sum(len(y) for _, y, _ in actgen.batches_of(args, common.make_accelerator(), images, 2, 0)[0])
+
+    seen = sum(shown(real + 10 * min(epoch, 10)) for epoch in range(20))
+    assert actgen.equal_epochs(args, real) == round(seen / shown(real))
 
 
 def plan(logits, labels, epoch=19, **changes):
@@ -349,7 +368,7 @@ def test_few_shot_guides_are_all_images_and_confidence_sets_their_centre():
         assert centre == pytest.approx(12.5 * (1 - logits.softmax(1)[guide, guide].item()), rel=1e-5)
 
 
-def test_the_images_to_draw_are_those_the_classifier_gets_wrong_and_are_named():
+def test_the_images_to_draw_are_those_the_classifier_gets_wrong_and_are_named(capsys):
     digits = common.load_data("digits", "", 32, examples_per_class=20)
     args = actgen.METHOD.arguments(images_per_epoch=64, epochs=40, few_shot=False, genval_share=0.2)
     train, gen_val = actgen.hold_out(args, digits)
@@ -357,6 +376,9 @@ def test_the_images_to_draw_are_those_the_classifier_gets_wrong_and_are_named():
     assert gen_val.transform is digits.test.transform
     everything = actgen.hold_out(actgen.METHOD.arguments(few_shot=True), digits)
     assert [len(part) for part in everything] == [200, 200]
+    few = replace(digits.train.subset(range(3)), labels=[0, 0, 1])
+    actgen.hold_out(args, replace(digits, train=few, class_names=["cat", "owl"]))
+    assert capsys.readouterr().out == "no guides of classes with a single image: owl\n"
 
     class Zero(torch.nn.Module):
         def forward(self, x):
@@ -422,6 +444,7 @@ def test_a_classifier_has_the_recipe_of_its_experiment(experiment):
     told = args.epochs, args.batch_size, args.optimizer, args.lr, args.weight_decay
     told += round(args.warmup * args.epochs), args.label_smoothing, args.mixup
     assert (*told, args.epochs // 2 * args.images_per_epoch) == EXPERIMENTS[experiment]
+    assert (args.guidance_scale, args.rho, args.channel_steps, args.square) == (15.0, 200.0, True, "crop")
 
 
 PARAMETERS = {  # as published by torchvision and timm, at 224 pixels; at 32 by the usual CIFAR code

@@ -110,6 +110,7 @@ EXTREMES = [  # legal, but at an end of their ranges
     (actgen, dict(guidance_scale=100, nu=1000, rho=0, gradient_steps=10000, guidance_centre=1000)),
     (actgen, dict(lr=100, weight_decay=1, warmup=0.999999, genval_share=0.7)),
     (actgen, dict(image_size=8, batch_size=2, steps=1, guidance_scale=0, seed=4294967295, lr=1e-300)),
+    (actgen, dict(epochs=2, images_per_epoch=1)),
     (dreamda, dict(noise_scale=1000, guidance_scale=100, strength=1, eta=0, paths=10000)),
     (dreamda, dict(lr=100, threshold=0, heads=2, auxiliary_weight=1000, consistency_weight=1000)),
     (dreamda, dict(strength=1e-300)),

@@ -95,6 +95,7 @@ def test_clip_starts_as_its_own_zero_shot_classifier(tmp_path):
         expected = clip(**words, pixel_values=x_clip).logits_per_image
         logits = build("clip", classes=names, clip=str(tmp_path)).eval()(x)
     assert torch.allclose(logits, expected, atol=1e-4)
+    assert METHOD.arguments(classifier="clip", frozen=True).frozen  # its features are pretrained ones
 
 
 # --- training
@@ -330,11 +331,13 @@ def test_a_run_goes_on_when_a_folder_moved_or_its_path_is_written_otherwise(tmp_
         (tmp_path / place / "sd").mkdir(parents=True)
     begun(tmp_path / "run", diffusion=str(tmp_path / "a" / "sd"))
     monkeypatch.chdir(tmp_path)
-    for path in ("a/sd", "./a/sd/", str(tmp_path / "b" / "sd")):
+    for path in ("a/sd", "./a/sd/"):
         open_run(tmp_path / "run", diffusion=path)
-    for path in ("a", "nowhere/sd"):
+    for path in ("a", "nowhere/sd", "b/sd"):  # a/sd is there, so b/sd is another one
         with refused(f"this one has --diffusion {path};"):
             open_run(tmp_path / "run", diffusion=path)
+    (tmp_path / "a" / "sd").rmdir()
+    open_run(tmp_path / "run", diffusion="b/sd")
 
 
 def test_a_data_set_that_changed_while_a_run_was_stopped_is_refused(tmp_path):
@@ -345,6 +348,7 @@ def test_a_data_set_that_changed_while_a_run_was_stopped_is_refused(tmp_path):
     changes = {
         "train: 3 images .*, was 2 images": dict(train=a_data_set(moved, "0.png", "1.png", "2.png").train),
         "train: 2 images": dict(train=a_data_set(moved, "0.png", "3.png").train),
+        "train: 2 images .*, was 2": dict(train=replace(data.train, labels=[0, 0])),
         "cat, ox, was cat, dog": dict(class_names=["cat", "ox"]),
         "test_ood: 2 images .*, was None": dict(test_ood=data.train),
         "val: None, was 2 images": dict(val=None),
@@ -380,9 +384,25 @@ def test_overwriting_that_is_killed_at_any_deletion_is_made_good_when_it_is_give
         assert [file.name for file in path.iterdir()] == [".lock"], n
 
 
+def test_a_long_run_writes_about_300_checkpoints_and_the_last_one_is_whole(tmp_path, monkeypatch):
+    run, written = begun(tmp_path), []
+    write = run.write
+    monkeypatch.setattr(
+        run, "write", lambda name, value: name == "A.pt" and written.append(write(name, value))
+    )
+    for _ in run.epochs("A", 1000):
+        pass
+    assert 250 <= len(written) <= 350 and len(common.read_file(tmp_path / "A.pt")["log"]) == 1000
+
+
 def test_overwriting_never_empties_a_folder_that_holds_no_run(tmp_path):
     (tmp_path / "thesis.txt").write_text("years of work")
     open_run(tmp_path, overwrite=True)
+    assert (tmp_path / "thesis.txt").exists()
+    (tmp_path / "config.json").write_text('{"model_type": "clip"}')  # a model's folder
+    for overwrite in (False, True):
+        with refused("has a config.json that no run wrote"):
+            open_run(tmp_path, overwrite=overwrite)
     assert (tmp_path / "thesis.txt").exists()
 
 
@@ -416,6 +436,11 @@ def test_a_truncated_file_is_named_and_a_missing_one_has_a_default(tmp_path, nam
     with refused(f"cannot read {path}.*delete it") as error:
         common.read_file(path)
     assert len(str(error.value)) < 400 and "\n" not in str(error.value)
+
+
+def test_a_png_is_compressed_at_the_fastest_level(tmp_path):
+    common.write_file(tmp_path / "a.png", torch.rand(3, 8, 8))
+    assert b"IDATx\x01" in (tmp_path / "a.png").read_bytes()
 
 
 def test_reading_a_checkpoint_never_runs_foreign_code(tmp_path):
@@ -467,6 +492,7 @@ VALUES = {  # by a command line: those of --lr, --epochs, --pretrained and --pro
     "": (0.5, 7, False, "a {}"),
     "--dataset cifar10": (0.25, 3, True, "a {}"),
     "--dataset=cifar10 --classifier clip": (0.1, 3, True, "a {}"),
+    "--dataset=cifar10 --classifier clip.tag": (0.1, 3, True, "a {}"),  # timm's names have tags
     "--lr 0.3 --dataset cifar10 --pretrained false --prompt {}s": (0.3, 3, False, "{}s"),
 }
 
@@ -517,6 +543,8 @@ def test_the_ladder_compares_rungs_seed_by_seed(tmp_path, monkeypatch):
     assert header == ["| rung", "test", "gain", "test_ood", "gain |"]
     assert plain == ["| plain", "53.5 ± 6.4", "", "26.8 ± 3.2", " |"]
     assert crops[1:3] == ["83.5 ± 6.4", "+30.0 ± 0.0"] and crops[4] == "+15.0 ± 0.0 |"
+    with refused("--ladder takes no --real_only"):  # every rung would be the same
+        common.run_ladder(METHOD, dict(real_only=True), process())
 
 
 def test_the_last_lines_are_a_table_of_accuracies_their_gain_notes_and_costs():

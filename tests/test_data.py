@@ -117,7 +117,7 @@ def test_many_classes_of_one_image(tmp_path):
         write(tmp_path / split / f"word{i:03d}" / "a.png", picture(i, (4, 4)))
     data = load(tmp_path, examples_per_class=1)
     assert data.train.labels == data.test.labels == list(range(300))
-    with refused("has no test images"):
+    with refused("has a split without images"):
         load(tmp_path / "train")
 
 
@@ -346,6 +346,14 @@ def test_a_photograph_is_squeezed_whole_or_cropped():
     assert whole.shape == crop.shape == (3, 16, 16)
     assert whole[2, :, :3].min() > 0.9 and whole[0, :, 5:].min() > 0.9 and crop[0].min() > 0.8
 
+    def blue(view):
+        return (view[2] > view[0]).float().mean().item()
+
+    for kind, share in (("squeezed", 0.23), ("zoomed", 0.11)):  # DIAGen's see the whole one at evaluation
+        train, evaluated = common.make_transforms(16, kind)
+        assert np.mean([blue(train(photo)) for _ in range(30)]) == pytest.approx(share, abs=0.04)
+        assert blue(evaluated(photo)) == 0.25
+
 
 @pytest.mark.parametrize("augment", ["digits", "crop", "resized", "squeezed", "zoomed", "none"])
 def test_randaugment_comes_on_top_of_an_augmentation(augment, monkeypatch):
@@ -422,10 +430,12 @@ def test_columns_that_are_unclear_are_listed(tmp_path):
     two = data.cast_column("coarse", datasets.ClassLabel(names=["old", "new"]))
     saved(tmp_path / "two", train=two, test=two)
     saved(tmp_path / "none", train=data.select_columns(["image"]))
-    for name, options in (("two", {}), ("none", {}), ("two", {"label_column": "shape"})):
+    for name, column in (("two", ""), ("none", ""), ("two", "shape"), ("two", "image")):
         with refused("no image or label in image.*: see --label_column"):
-            load(tmp_path / name, "hf", **options)
+            load(tmp_path / name, "hf", label_column=column)
     assert load(tmp_path / "two", "hf", label_column="coarse").class_names == ["old", "new"]
+    saved(tmp_path / "half", train=two, test=data.remove_columns("coarse"))  # a test split without labels
+    assert len(load(tmp_path / "half", "hf", label_column="coarse").test) == 2
 
 
 def test_class_folders_are_no_data_set_of_the_hub(tmp_path, monkeypatch):

@@ -62,7 +62,7 @@ def synthesize(pipe, data, out, **changes):
     args, run = a_run(out, **changes)
     records = diagen.draw_variations(args, run, pipe, data, folder := out / "synthetic")
     images, weights, _ = diagen.weigh(args, run, data, records, folder)
-    pixels = np.stack([Image.open(file) for file in images.sources]).astype(int)
+    pixels = np.stack([*map(np.asarray, images.sources)]).astype(int)  # decoded, for thousands of epochs
     return common.read_file(folder / "metadata.jsonl"), weights, pixels
 
 
@@ -148,7 +148,9 @@ def test_a_learned_token_draws_its_class_and_drifts_the_more_the_larger_sigma_is
     assert distances[0] == 0 and sorted(distances) == distances and distances[1] > 0.1
 
 
-def test_tokens_start_from_the_mean_of_a_words_pieces_and_say_what_keeps_them_from_learning(pipe, few):
+def test_tokens_start_from_the_mean_of_a_words_pieces_and_say_what_keeps_them_from_learning(
+    pipe, few, monkeypatch
+):
     ids = pipe.tokenizer.convert_tokens_to_ids(["seven</w>", "red</w>"])
     seven, red = pipe.text_encoder.get_input_embeddings().weight[ids]
     assert torch.equal(diagen.initial_embedding(pipe, "seven"), seven)
@@ -162,6 +164,9 @@ def test_tokens_start_from_the_mean_of_a_words_pieces_and_say_what_keeps_them_fr
             invert(pipe, few, 0, 1)
     with refused("diverged; lower --inversion_lr"):
         invert(pipe, few, 0, 3, lr=1e30)
+    monkeypatch.setattr(pipe.text_encoder, "forward", copy.deepcopy(pipe.text_encoder).forward)
+    with refused("the text encoder bypasses its hooks"):
+        invert(pipe, few, 0, 1)
 
 
 def test_every_new_token_is_one_with_its_own_row(pipe):
@@ -321,11 +326,13 @@ def test_a_prompt_has_the_papers_form(words):
     form = re.compile(rf"a photo of a (?:({adjective}) )?{{}}" + "".join(rf"(?: ({o}))?" for o in others))
     prompts = [form.fullmatch(diagen.write_prompt(rng, words)).groups() for _ in range(400)]
     assert len({tuple(map(bool, parts)) for parts in prompts}) == 2 ** len(words)
+    assert {diagen.write_prompt(rng, words, "the {} seen") for _ in range(99)} >= {"the {} seen"}
 
 
 def test_a_name_is_found_as_a_word_of_its_own_exactly_once():
     found = [("a hot dog", "dog"), ("a c++ book", "c++"), ("a (x) on a b", "(x)"), ("{an} owl; {x}", "owl")]
     found += [("夜の猫の写真", "猫"), ("올빼미가 나는 사진", "올빼미"), ("a {name} and {x}", "{name}")]
+    found += [("ภาพแมวดำ", "แมว"), ("ကြောင်နက်", "ကြောင်"), ("ឆ្មាខ្មៅ", "ឆ្មា")]  # Thai, Burmese, Khmer
     for prompt, name in found:  # {name} stands for a name that is a word of the prompt, too
         assert diagen.template_of(prompt, name.replace("{name}", "a")) == prompt.replace(name, "{}")
     assert diagen.template_of("a photo of a Car", "car") == diagen.PHOTO
@@ -369,7 +376,12 @@ def test_a_language_model_writes_the_prompts_or_is_named(pipe, data, tmp_path, m
     request = f"user: {diagen.REQUEST.format(name='owl', count=2, place='not expect')} bot:"
     texts = [request, request + '"a photo of a small owl" "an owl"']
     asked, told = (torch.tensor([tokenizer(text, add_special_tokens=False).input_ids]) for text in texts)
-    monkeypatch.setattr(LlamaForCausalLM, "generate", lambda *_, **x: {str(asked): told}[str(x["input_ids"])])
+    answers = {(str(asked), 2080): told}  # 2,000 tokens for thoughts
+
+    def find(self, input_ids, max_new_tokens, **_):
+        return answers[str(input_ids), max_new_tokens]
+
+    monkeypatch.setattr(LlamaForCausalLM, "generate", find)
     assert diagen.ask_llm(args.llm, ["owl"], 2, uncommon=True) == [["a photo of a small {}", diagen.PHOTO]]
 
 
@@ -461,7 +473,9 @@ def test_weights_are_the_papers_normalised_and_an_epoch_is_class_balanced_and_dr
     assert torch.equal(a, again) and not torch.equal(a, b)
 
 
-def test_of_a_frozen_classifier_only_the_head_learns_and_the_best_epochs_is_loaded(data, tmp_path):
+def test_of_a_frozen_classifier_only_the_head_learns_and_the_best_epochs_is_loaded(
+    data, tmp_path, monkeypatch
+):
     args, run = a_run(tmp_path, frozen=True, pretrained=True, iterations=30)
     net, model, optimizer = common.new_classifier(args, run.accelerator, NAMES)
     before = {key: value.clone() for key, value in net.state_dict().items()}
@@ -471,6 +485,7 @@ def test_of_a_frozen_classifier_only_the_head_learns_and_the_best_epochs_is_load
     assert changed == ["head.weight", "head.bias"]  # and not the batch norm's means, either
     run.begin(data, "")
     run.write("DIAGen.pt", {"best": {"weights": net.state_dict()}, "model": before})
+    monkeypatch.delattr(common, "load_file")  # without the pretrained weights, which may be a download
     loaded, _ = common.load_classifier(tmp_path, "DIAGen")
     assert torch.equal(loaded.head.weight, net.head.weight)
 
@@ -489,7 +504,8 @@ def test_the_filter_knows_images_of_the_wrong_class(data, tmp_path, monkeypatch)
     monkeypatch.setattr(diagen.Best, "judge", lambda *a: losses.append(-a[2]) or best(*a))
     monkeypatch.setattr(common, "load", lambda *a, **k: views.append(a[0].transform) or load(*a, **k))
     images, wrong = data.test, [(y + 1) % 3 for y in data.test.labels]
-    data = common.Data(NAMES, images, images, images.subset(range(12)), class_names=NAMES)
+    train = images.seen(common.make_transforms(32, "crop")[0])
+    data = common.Data(NAMES, train, images, images.subset(range(12)), class_names=NAMES)
     data.val.labels[::4] = wrong[::4]  # so it gets too sure of the others; its best epoch counts
     options = dict(iterations=8, filter_epochs=50, batch_size=16, pretrained=True, lr=0.01)
     args, run = a_run(tmp_path, augment="crop", **options)
@@ -510,5 +526,6 @@ def test_a_folder_has_the_released_recipe():
     args = diagen.METHOD.arguments(dataset="folder")
     expected = dict(sigmas=[0.0, 0.005, 0.01, 0.025], variations=10, strength=[0.7], guidance_scale=15.0)
     expected |= dict(classifier="resnet50.tv2_in1k", pretrained=True, frozen=True, epochs=50, batch_size=16)
-    assert {key: getattr(args, key) for key in expected} == expected and args.augment == "zoomed"
+    assert {key: getattr(args, key) for key in expected} == expected
+    assert (args.augment, args.square) == ("zoomed", "squeeze")
     assert diagen.METHOD.arguments(dataset="coco").augment == "squeezed"

@@ -71,7 +71,9 @@ def test_a_run_writes_all_its_files(script, finished):
     config = runs.read_json(out / "config.json")
     assert config["args"] | DIGITS[script] == config["args"] and "torch" in config["versions"]
     assert {name for name, value in config["args"].items() if value is None} <= {"style"}
-    assert f"{out}: " in stdout  # what it will do
+    images, passes = {actgen: (8, 8), dreamda: (20, 5), diagen: (40, 4)}[script]  # what it will do
+    plan = f"{images} images ({passes} U-Net passes each, {images * 32**2 * 1.5e-9:.2g} GB)"
+    assert f"{out}: " in stdout and plan in stdout
     result, metrics = runs.read_json(out / "result.json"), runs.metrics_of(out)
     assert list(result) == list(metrics) == TITLES[script]
     assert script is not dreamda or all(np.isfinite(line["orthogonality"]) for line in metrics["AMST"])
@@ -96,8 +98,8 @@ def test_a_loaded_classifier_scores_what_the_run_reported(script, finished):
     (out, _), data = finished(script), common.load_data("digits", "", 32)
     for title, scores in runs.read_json(out / "result.json").items():
         net, names = common.load_classifier(out, title)
-        again = common.evaluate(net, data, common.make_accelerator())
         assert names == world.NAMES and not net.training
+        again = common.evaluate(net, data, common.make_accelerator())
         assert all(again[split] == pytest.approx(scores[split], rel=1e-4) for split in again)
     with refused("has no trained classifier 'ActDream'"):
         common.load_classifier(out, "ActDream")
@@ -325,7 +327,7 @@ def test_ctrl_c_says_that_the_run_can_go_on(mine, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(common, "train_epoch", lambda *_: signal.raise_signal(signal.SIGINT))
         error = the_error(in_this_process(actgen, **FOLDER[actgen] | mine))
-    assert "stopped; the same command goes on" in error
+    assert "stopped; the same command, without --overwrite, goes on" in error
     signal.signal(signal.SIGINT, before)
     run_well(actgen, **FOLDER[actgen] | mine)
 
@@ -351,14 +353,17 @@ def leave_one(d):
 OF_ACTGEN = [  # what is done to the folder, arguments, words of the error
     (lambda d: runs.cut(d / "data/train/guinea pig/5.png"), {}, "1 of 20 images: .*pig/5.png.*--skip_bad"),
     (lambda d: runs.empty(d / "sd"), {"diffusion": "sd"}, "cannot load the model 'sd': it must be a folder"),
+    (None, {"classifier": "resnet81"}, "--classifier resnet81: give small_cnn"),
     (lambda d: (d / "file").touch(), {"out": "file"}, "file"),
     (None, {"out": "/sys/run"}, "cannot read or write /sys"),  # where even root cannot write
     (None, {"out": "data/run"}, "--out data/run is in --data_dir"),  # a class of the next run
     (None, {"prompt": "a " * 20 + "{}"}, "--prompt: 'baker's yeast' ends at token"),
     (None, {"attention_resolution": 5}, r"--attention_resolution 5 is none of \[4, 8\]"),
-    (None, {"steps": 2000}, "--steps 2000: the model has only 1000 steps"),
+    (None, {"steps": 2000}, "--steps must be below 1000"),
+    (leave_one, {"examples_per_class": 1, "few_shot": False}, "no image to guide; see --few_shot"),
 ]
 OF_DREAMDA = [
+    (None, {"prompt": "a " * 20 + "{}"}, "--prompt: 'a a .*yeast' ends at token"),
     (None, {"labels": "amts"}, "--labels.*'amts'"),
     (None, {"perturb": "head"}, "--perturb 'head'.* bottleneck, mid_input, "),
     (None, {"labels": "clip", "clip": "/nowhere/clip"}, "model '/nowhere/clip': there is no such folder"),
@@ -410,10 +415,16 @@ def test_the_images_of_another_run_give_the_same_classifier(script, finished, tm
     assert height_of_picture(out) < 0.8 * height_of_picture(source)  # of what this run did
 
 
-@pytest.mark.parametrize("name, value", [("seed", 1), ("variations", 1), ("examples_per_class", 2)])
-def test_diagen_refuses_images_of_a_run_on_other_training_images(name, value, finished, tmp_path):
-    arguments = DIGITS[diagen] | {"synthetic": finished(diagen)[0], "out": tmp_path / "run"} | {name: value}
-    error = the_error(in_this_process(diagen, **arguments))
+OTHERS = [
+    (script, *other) for script in (dreamda, diagen) for other in (("seed", 1), ("examples_per_class", 3))
+]
+OTHERS += [(diagen, "variations", 1)]
+
+
+@pytest.mark.parametrize("script, name, value", OTHERS)
+def test_images_of_a_run_on_other_training_images_are_refused(script, name, value, finished, tmp_path):
+    arguments = DIGITS[script] | {"synthetic": finished(script)[0], "out": tmp_path / "run"} | {name: value}
+    error = the_error(in_this_process(script, **arguments))
     assert "is of other real images" in error and name in error
 
 
