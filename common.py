@@ -639,8 +639,7 @@ def _folder(root: str, name: str = "folder", skip_bad_images: bool = False, **_)
     inner = [p for p in sorted(Path(root).glob("*")) if p.is_dir() and not STRAY.match(p.name)]
     names = {"train": "train", "val": "test"} if name == "imagenet" else SPLITS
     named = [(names[p.name.lower()], p) for p in inner if p.name.lower() in names]
-    named, splits = named or [("train", Path(root))], {}
-    kinds = (*torchvision.datasets.folder.IMG_EXTENSIONS, ".gif", ".avif")
+    named, splits, kinds = named or [("train", Path(root))], {}, torchvision.datasets.folder.IMG_EXTENSIONS
     require("train" in dict(named), f"{root}/train is missing; {layout}")
     for split, folder in named:
         classes = [p for p in sorted(folder.glob("*")) if p.is_dir() and not STRAY.match(p.name)]
@@ -648,7 +647,7 @@ def _folder(root: str, name: str = "folder", skip_bad_images: bool = False, **_)
         for part in classes:
             files = [Path(top, f) for top, _, found in os.walk(part) for f in found]
             files = [f for f in sorted(files) if not any(map(STRAY.match, f.relative_to(part).parts))]
-            images = [f for f in files if f.suffix.lower() in kinds]
+            images = [f for f in files if f.suffix.lower() in (".gif", ".avif", *kinds)]
             require(images, f"the class folder {part} has no images, only {len(files)} other files")
             class_name = unicodedata.normalize("NFC", part.name)
             splits.setdefault(split, []).extend((f, class_name) for f in images)
@@ -1074,7 +1073,7 @@ class Method:
 def run_once(method: Method, args, accelerator) -> dict:
     """The result of the run in args.out: runs it or, if it is finished, reads its result."""
     inside = Path(args.out).resolve().is_relative_to(Path(args.data_dir).resolve())
-    require(args.dataset != "folder" or not inside, f"--out {args.out} is in --data_dir; give another --out")
+    require(not inside or args.dataset not in ("folder", "imagenet"), f"--out {args.out} is in --data_dir")
     run = Run(args, accelerator)
     if result := run.finish():
         say(f"{run.path} is finished; --overwrite starts it afresh")

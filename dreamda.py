@@ -23,6 +23,7 @@ Paper to code:
     baseline of as many steps and images       load_batches without a pool: "standard augmentation"
 """
 
+import csv
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -412,12 +413,13 @@ def synthetic_targets(labels: str, logits: torch.Tensor, threshold: float):
 def read_prompts(args: Args, data: common.Data) -> list[list[str]]:
     """Each class's prompts in the file --prompts, with {name} filled in; if it has none, --prompt."""
     names, prompts = data.class_names, [[] for _ in data.class_names]
-    index = {name: y for known in (data.folders, names) for y, name in enumerate(known)}
-    for line in common.read_text(Path(args.prompts)).splitlines() if args.prompts else ():
-        row = [field.strip(' "') for field in line.split(";", 2)]
-        if line.strip() and row[0] != "class_name":  # the header
-            require(row[0] in index and row[2:] > [""], f"{args.prompts}: '{line}' is not CLASS;INDEX;PROMPT")
-            prompts[y := index[row[0]]].append(row[2].replace("{}", "{name}").replace("{name}", names[y]))
+    text = common.read_text(Path(args.prompts)) if args.prompts else ""
+    for row in csv.reader(text.splitlines(), delimiter=";", skipinitialspace=True):
+        if "".join(row).strip() and row[0] != "class_name":  # the header
+            known = [y for y, own in enumerate(zip(data.folders, names, strict=True)) if row[0] in own]
+            require(known and row[2:] > [""], f"{args.prompts}: '{';'.join(row)}' is not CLASS;INDEX;PROMPT")
+            for y in known:
+                prompts[y].append(row[2].replace("{}", "{name}").replace("{name}", names[y]))
     require(any(prompts) or not args.prompts, f"{args.prompts} has no prompts")
     return [own or [args.prompt.replace("{}", name)] for own, name in zip(prompts, names, strict=True)]
 
@@ -521,9 +523,8 @@ def load_batches(args: Args, accelerator, data: common.Data, pool, heads: int, s
     """
 
     def load(images, size, key, function):
-        view = v2.Compose([data.train.transform, function])
         order = common.shuffled(len(images), steps * size, args.seed, epoch, key)
-        images, seed = images.seen(view), (args.seed, epoch, key + 1)
+        images, seed = images.seen(v2.Compose([data.train.transform, function])), (args.seed, epoch, key + 1)
         return common.load(images, size, accelerator, args.workers, order, seed)
 
     views, U = partial(head_views, heads=heads), pool_batch(args)

@@ -338,6 +338,8 @@ def test_a_run_goes_on_when_a_folder_moved_or_its_path_is_written_otherwise(tmp_
             open_run(tmp_path / "run", diffusion=path)
     (tmp_path / "a" / "sd").rmdir()
     open_run(tmp_path / "run", diffusion="b/sd")
+    with refused("this one has --diffusion b;"):
+        open_run(tmp_path / "run", diffusion="b")
 
 
 def test_a_data_set_that_changed_while_a_run_was_stopped_is_refused(tmp_path):

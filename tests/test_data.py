@@ -207,11 +207,12 @@ def test_strays_are_passed_over(tmp_path):
         (train / "cat" / name).touch()
     write(train / "loose.png")
     write(train / "cat" / "folder.png" / "deeper" / "IMG.JPG", format="JPEG")
+    write(train / "cat" / "still.GIF", format="GIF")
     (train / "kitty").symlink_to(classes(tmp_path / "elsewhere", "more", count=2) / "more")
     classes(tmp_path / "test", "kitty")
     data = load(tmp_path)
     assert data.class_names == ["cat", "dog.jpg", "kitty"]
-    assert np.bincount(data.train.labels).tolist() == [5 + 1, 5, 2]
+    assert np.bincount(data.train.labels).tolist() == [5 + 2, 5, 2]
     assert names(data.train)[5].endswith("IMG.JPG")
 
 

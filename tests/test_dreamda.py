@@ -413,11 +413,13 @@ def test_the_recipe_is_the_released_scripts_and_pets_are_called_cats_or_dogs():
 def test_prompts_of_a_file_take_turns_within_a_class_and_other_lines_are_refused(tmp_path):
     train = common.Images([torch.zeros(3, 8, 8)] * 3, [0, 1, 0])
     data, file = common.Data(["001.cat", "002.dog"], train, class_names=["cat", "dog"]), tmp_path / "p.csv"
-    file.write_text('class_name;class_idx;prompt\ncat;0;A {}\n 001.cat;0;"a tabby; asleep"\n')
+    file.write_text('class_name;class_idx;prompt\ncat;0;A {}\n\n 001.cat;0;"a ""tabby""; asleep"\n')
     args = dreamda.METHOD.arguments(prompts=str(file), variations=3, prompt="a photo of a {}")
     prompts = [record["prompt"] for record in dreamda.plan_variations(args, data)]
-    assert prompts[:3] == ["A cat", "a tabby; asleep", "A cat"]
-    assert prompts[3:] == ["a photo of a dog"] * 3 + ["a tabby; asleep", *prompts[:2]]
+    assert prompts[:3] == ["A cat", 'a "tabby"; asleep', "A cat"]
+    assert prompts[3:] == ["a photo of a dog"] * 3 + ['a "tabby"; asleep', *prompts[:2]]
+    data.class_names = ["cat", "cat"]  # both get it
+    assert [row["prompt"] for row in dreamda.plan_variations(args, data)[:4]] == [*prompts[:3], "A cat"]
     for line in ("cow;0;a {name}", "cat;a {name}", "a photo of a cat", "cat;0;"):
         file.write_text(line)
         with refused(f"'{line}' is not CLASS;INDEX;PROMPT"):

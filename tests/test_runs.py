@@ -356,6 +356,7 @@ OF_ACTGEN = [  # what is done to the folder, arguments, words of the error
     (None, {"classifier": "resnet81"}, "--classifier resnet81: give small_cnn"),
     (lambda d: (d / "file").touch(), {"out": "file"}, "file"),
     (None, {"out": "/sys/run"}, "cannot read or write /sys"),  # where even root cannot write
+    (None, {"out": "data/train/x", "dataset": "imagenet"}, "--out data/train/x is in --data_dir"),
     (None, {"out": "data/run"}, "--out data/run is in --data_dir"),  # a class of the next run
     (None, {"prompt": "a " * 20 + "{}"}, "--prompt: 'baker's yeast' ends at token"),
     (None, {"attention_resolution": 5}, r"--attention_resolution 5 is none of \[4, 8\]"),
