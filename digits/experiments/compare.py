@@ -1,10 +1,10 @@
 """Compares all methods on digits: the same real images, classifier, number of images drawn, and steps.
 
     python digits/experiments/compare.py                             8 to 64 images per class, five seeds
-    python digits/experiments/compare.py --per_class 16 --seeds 1    half an hour of one core
+    python digits/experiments/compare.py --per_class 16 --seeds 1    forty minutes of one core
     python digits/experiments/compare.py --per_class 16 --cells 0/0 0/0.65 0.45/0 0.45/0.65     when it pays
 
-Every classifier is trained by the recipe of digits for about STEPS steps of 8 images. A method draws about
+Every classifier is trained by the recipe of digits for about --steps steps of 8 images. A method draws about
 IMAGES images. A cell CONFUSION/STYLE is a world: the share of captions in which the generator
 learned a look-alike's name, and how far the target differs from the generator's images. A generator that does
 not exist yet is trained by pretrain.py, in 20 to 40 minutes of one core.
@@ -37,7 +37,7 @@ import diagen  # noqa: E402
 import dreamda  # noqa: E402
 from digits import judge, pretrain  # noqa: E402
 
-STEPS, REAL, SYNTHETIC = 3000, 3, 5  # training steps; real and synthetic images of a batch
+REAL, SYNTHETIC = 3, 5  # images of a batch
 IMAGES = 960  # synthetic images of all classes together
 BASE = "standard augmentation"  # gains are differences to its accuracy, seed by seed
 SHARED = common.DIGITS | dict(
@@ -51,6 +51,7 @@ class Args:
     """The numbers of images, seeds and worlds to compare the methods at."""
 
     per_class: list[int] = HfArg(default_factory=lambda: [8, 16, 32, 64], help="real images per class")
+    steps: int = HfArg(default=9000, help="training steps of each classifier")
     seeds: int = HfArg(default=5, help="number of seeds")
     first_seed: int = HfArg(default=0, help="the first of the seeds")
     cells: list[str] = HfArg(default_factory=lambda: ["0.45/0.65"], help="worlds, CONFUSION/STYLE")
@@ -76,11 +77,12 @@ class Comparison:
     A method takes its name and its script's arguments; it returns its scores and its images' folder, or None.
     """
 
-    def __init__(self, k: int, confusion: float, style: float, seed: int, out: Path):
-        self.k, self.out, self.style, self.M = k, out, style, max(1, IMAGES // (10 * k))  # M: images of each
+    def __init__(self, k: int, confusion: float, style: float, seed: int, out: Path, steps: int = 9000):
+        self.k, self.steps, self.style, self.out = k, steps, style, out
+        self.M = max(1, IMAGES // (10 * k))  # synthetic images of each real one
         self.draw = SHARED | dict(seed=seed, examples_per_class=k, style=style)
         self.draw["diffusion"] = generator_of(confusion, out.parent)
-        epochs = max(1, round(STEPS * SYNTHETIC / (10 * k * self.M)))
+        epochs = max(1, round(steps * SYNTHETIC / (10 * k * self.M)))
         self.plain = self.draw | dict(variations=self.M, epochs=epochs, batch_size=REAL, unlabelled=0)
         self.plain |= dict(synthetic_ratio=SYNTHETIC / REAL, auxiliary_lr=1.0, burn_in=0.5, threshold=0.5)
 
@@ -103,7 +105,7 @@ class Comparison:
 
     def actgen(self, name: str, **changes):
         """ActGen. In the first half of its epochs it draws images and sees ever more of them."""
-        n, real, seen = 10 * self.k * self.M, 10 * self.k, STEPS * (REAL + SYNTHETIC)
+        n, real, seen = 10 * self.k * self.M, 10 * self.k, self.steps * (REAL + SYNTHETIC)
         half = min(n, round((seen + n / 2) / (2 * real + 1.5 * n)))
         steps = dict(epochs=2 * half, images_per_epoch=n // half, batch_size=REAL + SYNTHETIC)
         return self.run(actgen, name, **self.draw | steps | changes), self.out / name
@@ -116,7 +118,7 @@ class Comparison:
 
     def diagen(self, name: str, **changes):
         """DIAGen, with DA-Fusion's tokens."""
-        steps = dict(epochs=20, iterations=STEPS // 20, batch_size=REAL + SYNTHETIC, eval_every=1)
+        steps = dict(epochs=20, iterations=self.steps // 20, batch_size=REAL + SYNTHETIC, eval_every=1)
         steps |= dict(synthetic_probability=SYNTHETIC / (REAL + SYNTHETIC), variations=self.M)
         steps |= dict(embeddings=str(self.out / "DA-Fusion, images"))
         return self.run(diagen, name, **self.draw | steps | changes), self.out / name
@@ -163,17 +165,17 @@ def compare(args: Args, store: Path) -> dict[tuple, dict[str, list]]:
     found, seeds = {}, range(args.first_seed, args.first_seed + args.seeds)
     for cell, seed, k in itertools.product(args.cells, seeds, args.per_class):
         confusion, style = map(float, cell.split("/"))
-        out = Path(args.out, f"p{confusion:g}-g{style:g}-{k}-per-class-s{seed}")
+        out = Path(args.out, f"p{confusion:g}-g{style:g}-{k}-per-class-{args.steps}-steps-s{seed}")
         out.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(Timeout), FileLock(out / ".comparing", blocking=False):
             for name in METHODS:
-                if (key := f"{cell} {k} {seed} {name}") not in common.read_file(store, {}):
-                    numbers = Comparison(k, confusion, style, seed, out).numbers(name)
+                if (key := f"{args.steps} {cell} {k} {seed} {name}") not in common.read_file(store, {}):
+                    numbers = Comparison(k, confusion, style, seed, out, args.steps).numbers(name)
                     with FileLock(f"{store}.lock"):
                         common.write_file(store, common.read_file(store, {}) | {key: numbers})
     kept = common.read_file(store, {})
     for cell, k, seed in itertools.product(args.cells, args.per_class, seeds):
-        runs = {name: kept.get(f"{cell} {k} {seed} {name}") for name in METHODS}
+        runs = {name: kept.get(f"{args.steps} {cell} {k} {seed} {name}") for name in METHODS}
         for name, run in runs.items() if all(runs.values()) else ():
             for key, value in run.items():
                 found.setdefault((cell, k, name), {}).setdefault(key, []).append(value)
