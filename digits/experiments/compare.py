@@ -187,7 +187,7 @@ def table(found: dict[tuple, dict[str, list]]) -> list[str]:
 
     They are means with 95 % intervals; the last columns are means over all runs.
     """
-    lines, about = [], ["right digit", "FID", "generation", "training"]  # the last two in seconds
+    lines, about = [], ["right digit", "FID"]
     for cell in dict.fromkeys(cell for cell, _, _ in found):
         sizes = [k for c, k, name in found if (c, name) == (cell, BASE)]
         columns = [f"cell {cell}", *(f"{k} per class" for k in sizes), *about]
