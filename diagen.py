@@ -659,7 +659,7 @@ def experiment(args: Args, run: common.Run, data: common.Data, pipe) -> dict:
     records, plan = [], f"{args.epochs} epochs of {args.iterations} steps for each classifier"
     if pipe:
         images, passes = len(data.train) * args.variations, 2 * int(args.steps * max(args.strength))
-        plan = f"{common.cost(pipe, len(jobs) * images, passes)}, {plan}"
+        plan = f"{common.cost(pipe, len(jobs) * images, passes)}, prompts: {args.prompts}, {plan}"
     elif args.synthetic:
         records = common.read_records(Path(args.synthetic, "synthetic"), data.class_names)
         there = common.read_file(Path(args.synthetic, "config.json"), {"args": {}, "data": {}})

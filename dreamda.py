@@ -417,7 +417,7 @@ def read_prompts(args: Args, data: common.Data) -> list[list[str]]:
     for row in csv.reader(text.splitlines(), delimiter=";", skipinitialspace=True):
         if "".join(row).strip() and row[0] != "class_name":  # the header
             known = [y for y, own in enumerate(zip(data.folders, names, strict=True)) if row[0] in own]
-            require(known and row[2:] > [""], f"{args.prompts}: '{';'.join(row)}' is not CLASS;INDEX;PROMPT")
+            require(known and len(row) == 3 and row[2], f"{args.prompts}: {row} is not CLASS;INDEX;PROMPT")
             for y in known:
                 prompts[y].append(row[2].replace("{}", "{name}").replace("{name}", names[y]))
     require(any(prompts) or not args.prompts, f"{args.prompts} has no prompts")

@@ -420,9 +420,9 @@ def test_prompts_of_a_file_take_turns_within_a_class_and_other_lines_are_refused
     assert prompts[3:] == ["a photo of a dog"] * 3 + ['a "tabby"; asleep', *prompts[:2]]
     data.class_names = ["cat", "cat"]  # both get it
     assert [row["prompt"] for row in dreamda.plan_variations(args, data)[:4]] == [*prompts[:3], "A cat"]
-    for line in ("cow;0;a {name}", "cat;a {name}", "a photo of a cat", "cat;0;"):
+    for line in ("cow;0;a {name}", "cat;a {name}", "a photo of a cat", "cat;0;", "cat;0;a cat; asleep"):
         file.write_text(line)
-        with refused(f"'{line}' is not CLASS;INDEX;PROMPT"):
+        with refused(f"p.csv: .'{line[:3]}.* is not CLASS;INDEX;PROMPT"):
             dreamda.plan_variations(args, data)
     file.write_text("class_name;class_idx;prompt\n\n")
     with refused("p.csv has no prompts"):
