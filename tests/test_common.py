@@ -95,6 +95,9 @@ def test_clip_starts_as_its_own_zero_shot_classifier(tmp_path):
         expected = clip(**words, pixel_values=x_clip).logits_per_image
         logits = build("clip", classes=names, clip=str(tmp_path)).eval()(x)
     assert torch.allclose(logits, expected, atol=1e-4)
+    clip.half().save_pretrained(tmp_path)  # as some are stored; training needs more
+    half = build("clip", classes=names, clip=str(tmp_path))
+    assert {p.dtype for p in half.parameters()} == {torch.float32}
     assert METHOD.arguments(classifier="clip", frozen=True).frozen  # its features are pretrained ones
 
 

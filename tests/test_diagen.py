@@ -404,8 +404,10 @@ def test_prompts_survive_their_file(prompts, tmp_path, monkeypatch):
     data, rng = common.Data(names, None, class_names=names), np.random.default_rng(0)
     told = [[f'a photo of a "{k}"; ü\u2028 {{}}, {name}' for k in range(3)] for name in names]
     monkeypatch.setattr(diagen, "ask_llm", lambda *_: told)
-    drawn = told if prompts == "llm" else [[diagen.write_prompt(rng) for _ in range(3)] for _ in names]
-    args = diagen.METHOD.arguments(dataset="folder", prompts=prompts, prompts_per_class=3)
+    seen = "a wide photo of a {}"
+    bank = [[diagen.write_prompt(rng, prompt=seen) for _ in range(3)] for _ in names]
+    drawn = told if prompts == "llm" else bank
+    args = diagen.METHOD.arguments(dataset="folder", prompts=prompts, prompts_per_class=3, prompt=seen)
     text = diagen.write_prompts(args, names)
     for written in (text, f"\ufeff{text}\n\n".replace("\n", "\r\n")):  # as a spreadsheet writes it
         (tmp_path / "p.csv").write_bytes(written.encode())
