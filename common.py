@@ -767,9 +767,9 @@ class Run:
             if args.overwrite and (self.path / "config.json").exists():  # else it is no run's folder
                 for old in sorted(self.path.glob("[!.]*"), key=lambda path: path.name == "config.json"):
                     shutil.rmtree(old) if old.is_dir() else old.unlink()  # config.json, its mark, goes last
-            before = read_file(self.path / "config.json", self.config)["args"]
+                before = self.config
             for key in sorted(vars(args).keys() - self.MAY_CHANGE):
-                old, now = before.get(key), getattr(args, key)
+                old, now = before["args"].get(key), getattr(args, key)
                 moved = isinstance(now, str) and os.path.exists(now) and Path(now).name == Path(str(old)).name
                 moved = moved and (not os.path.exists(old) or os.path.samefile(old, now))
                 message = f"{self.path} holds a run with --{key} {old}, this one has --{key} {now}"
