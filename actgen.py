@@ -81,7 +81,7 @@ EUROSAT |= dict(optimizer="adamw", lr=1e-5, epochs=50, batch_size=32)  # choice
 DIGITS = common.DIGITS | dict(prompt="a photo of a {}", guidance_scale=7.5, pretrained=False)
 # choice: half the steps. Small latents drown in less noise, so the guide leads for longer: to i_0 = 10 of 20.
 DIGITS |= dict(steps=20, guidance_centre=10.0, gradient_steps=5, attention_resolution=8, nu=0.1)
-DIGITS |= dict(channel_steps=False, images_per_epoch=24, few_shot=True, epochs=40, eval_every=40)
+DIGITS |= dict(channel_steps=False, images_per_epoch=20, few_shot=True, epochs=50, eval_every=50)
 RECIPES = {"*": SMALL, "digits": DIGITS, "eurosat": EUROSAT, "imagenet": IMAGENET}
 RECIPES |= {"cifar10": CIFAR, "cifar100": CIFAR, "stl10": CIFAR | dict(image_size=96)}
 RECIPES |= {f"imagenet/{vit}": VIT for vit in ("vit_small_patch16_224", "deit_base_patch16_224")}

@@ -548,7 +548,8 @@ def name_classes(folders: list[str], file: Path | None) -> list[str]:
 
 # what the recipes for digits share; tuned on standard augmentation, without a method: digits/RESULTS.md
 DIGITS = dict(diffusion=DIGITS_SD, classifier="small_cnn", image_size=32, augment="digits", workers=0)
-DIGITS |= dict(examples_per_class=24, batch_size=8, optimizer="adamw", lr=0.002, weight_decay=0.05)
+DIGITS |= dict(examples_per_class=16, batch_size=8, optimizer="adamw", lr=0.004, weight_decay=0.05)
+DIGITS |= dict(warmup=0.1, label_smoothing=0.1)
 TORCHVISION = dict(cifar10="CIFAR10", cifar100="CIFAR100", stl10="STL10", caltech101="Caltech101")
 TORCHVISION |= dict(pets="OxfordIIITPet", cars="StanfordCars", eurosat="EuroSAT", flowers102="Flowers102")
 TORCHVISION |= dict(food101="Food101", fgvc_aircraft="FGVCAircraft", dtd="DTD", country211="Country211")
@@ -1014,7 +1015,7 @@ class RunArgs:
     lr: float | None = number("(0, 100]", "peak learning rate")
     head_lr: float = number("(0, 1000]", "learning rate of the last layer, in multiples of --lr", 1.0)
     weight_decay: float = number("[0, 1]", "weight decay", 1e-4)
-    warmup: float = number("[0, 1)", "share of the epochs with linear warm-up (not in diagen)", 0.0)
+    warmup: float = number("[0, 1)", "share of the epochs with linear warm-up", 0.0)
     label_smoothing: float = number("[0, 1)", "share of a label spread evenly over all classes", 0.0)
     eval_every: int = number("[1, 1e6]", "epochs from one evaluation to the next", 1)
 

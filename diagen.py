@@ -10,7 +10,7 @@ without tokens, too, Real Guidance (He et al., ICLR 2023); both with DIAGen's st
     python diagen.py                                        handwritten digits, a few minutes on a laptop
     python diagen.py --dataset folder --data_dir mydata     10 classes of 4 images: under an hour of one A100
     python diagen.py --prompts llm --llm MODEL              prompts by any instruct model, kept as a CSV file
-    python diagen.py --method da_fusion                     a baseline: da_fusion or real_guidance
+    python diagen.py --method da_fusion --out runs/fusion   a baseline: da_fusion or real_guidance
     python diagen.py --ladder --seeds 5                     the paper's ablation, one rung after the other
 
 Paper to code:
@@ -79,6 +79,7 @@ class Args(common.RunArgs):
     weighting: bool = HfArg(default=True, help="weigh the synthetic images by a filter classifier")
     synthetic_probability: float = number("[0, 1]", "chance that a variation replaces a real image", 0.7)
     iterations: int = number("[1, 1e6]", "training steps in an epoch", 200)
+    cosine: bool = HfArg(default=False, help="cosine learning rate with --warmup; released: constant")
     filter_epochs: int = number("[1, 1e6]", "maximum number of epochs of the filter classifier", 50)
 
 
@@ -90,11 +91,11 @@ SD14 |= dict(pretrained=True, image_size=256, augment="zoomed", epochs=50, batch
 SD14 |= dict(frozen=True, optimizer="adam", lr=1e-4, weight_decay=0.0)
 DIGITS = common.DIGITS | dict(steps=13, guidance_scale=7.5, generation_batch_size=40)
 # choice: t_0 is 0.5, not 0.7 as for latents of 64x64, because in smaller latents less noise hides the image
-DIGITS |= dict(strength=[0.5], variations=2, inversion_steps=50, inversion_lr=0.03)
+DIGITS |= dict(strength=[0.5], variations=3, inversion_steps=50, inversion_lr=0.03, filter_epochs=2)
 # choice: a token starts as "background", not as the class name (paper), because DIAGen is for classes that
 # must be learned from images. Sigmas: the paper's, divided by the root mean square of SD 1.4's embeddings.
 DIGITS |= dict(initializer="background", sigmas=[0.0, 0.33, 0.67, 1.67], relative_sigma=True)
-DIGITS |= dict(pretrained=False, frozen=False, epochs=10, iterations=300, filter_epochs=2, eval_every=5)
+DIGITS |= dict(pretrained=False, frozen=False, cosine=True, epochs=15, iterations=300, eval_every=5)
 PLAIN = dict(sigmas=[0.0], prompts="none", weighting=False)  # DIAGen without its three parts
 RECIPES = {"*": SD14, "coco": dict(augment="squeezed"), "digits": DIGITS}
 RECIPES |= {"da_fusion": PLAIN, "real_guidance": PLAIN}
@@ -611,12 +612,14 @@ def train(args: Args, run: common.Run, data: common.Data, title: str, images=Non
     """
     accelerator, best, real = run.accelerator, Best(), data.train
     net, model, optimizer = common.new_classifier(args, accelerator, data.class_names)
-    everything, rates = real + images if images else real, [args.lr] * args.iterations
+    everything, N = real + images if images else real, args.iterations
     chances = draw_weights(real.labels, weights, args.synthetic_probability)
 
     for epoch in run.epochs(title, args.epochs, model=net, optimizer=optimizer, best=best):
         # one epoch on real images, class-balanced, and by weight their variations in the place of most
         batches = draw_batches(args, everything, chances, accelerator, epoch)
+        done = [(epoch + i / N) / args.epochs for i in range(N)]
+        rates = [args.lr * (common.cosine(share, args.warmup) if args.cosine else 1.0) for share in done]
         run.log(loss=common.train_epoch(model, batches, optimizer, rates, accelerator, args.label_smoothing))
 
         # the epoch with the best class_mean on the validation split counts (tables show top-1, the paper's
@@ -649,17 +652,14 @@ def check(args: Args, run: common.Run, data: common.Data, pipe) -> None:
 
 
 def experiment(args: Args, run: common.Run, data: common.Data, pipe) -> dict:
-    """Trains the baselines (standard augmentation, DA-Fusion) and the method; returns {title: scores}."""
+    """Trains the baseline, standard augmentation, and the method; returns {title: scores}."""
+    title, records, result = METHODS[args.method], [], {}
+    plan = f"{args.epochs} epochs of {args.iterations} steps for each classifier"
     add_validation(args, data)
     if pipe:
         check(args, run, data, pipe)
-    jobs, result = {} if args.real_only else {METHODS[args.method]: args}, {}
-    if args.baseline and args.method == "diagen" and pipe:
-        jobs = {"DA-Fusion": replace(args, method="da_fusion", **PLAIN)} | jobs
-    records, plan = [], f"{args.epochs} epochs of {args.iterations} steps for each classifier"
-    if pipe:
         images, passes = len(data.train) * args.variations, 2 * int(args.steps * max(args.strength))
-        plan = f"{common.cost(pipe, len(jobs) * images, passes)}, prompts: {args.prompts}, {plan}"
+        plan = f"{common.cost(pipe, images, passes)}, prompts: {args.prompts}, {plan}"
     elif args.synthetic:
         records = common.read_records(Path(args.synthetic, "synthetic"), data.class_names)
         there = common.read_file(Path(args.synthetic, "config.json"), {"args": {}, "data": {}})
@@ -670,12 +670,11 @@ def experiment(args: Args, run: common.Run, data: common.Data, pipe) -> dict:
     run.begin(data, plan)
     if args.baseline or args.real_only:
         result["standard augmentation"] = train(args, run, data, "standard augmentation")
-    for title, job in jobs.items():
-        folder = Path(args.synthetic or run.path, "synthetic" if job is args else job.method)
-        records = draw_variations(job, run, pipe, data, folder) if pipe else records
-        images, weights, report = weigh(job, run, data, records, folder)
-        result[title] = train(job, run, data, title, images, weights) | report
-        result[title]["generation"] = run.drawing - sum(r.get("generation", 0) for r in result.values())
+    if not args.real_only:
+        folder = Path(args.synthetic or run.path, "synthetic")
+        records = draw_variations(args, run, pipe, data, folder) if pipe else records
+        images, weights, report = weigh(args, run, data, records, folder)
+        result[title] = train(args, run, data, title, images, weights) | report | {"generation": run.drawing}
     return result
 
 

@@ -492,6 +492,17 @@ def test_of_a_frozen_classifier_only_the_head_learns_and_the_best_epochs_is_load
     assert torch.equal(loaded.head.weight, net.head.weight)
 
 
+@pytest.mark.parametrize("cosine", [False, True])
+def test_the_learning_rate_is_constant_as_released_or_half_a_cosine(cosine, data, tmp_path, monkeypatch):
+    args, run = a_run(tmp_path, cosine=cosine, warmup=0.25, epochs=2, iterations=4, lr=0.1)
+    expected = [0, 0.05, *(0.05 + 0.05 * np.cos(np.pi * step / 6) for step in range(6))]
+    rates, train_epoch = [], common.train_epoch
+    monkeypatch.setattr(common, "train_epoch", lambda *a: rates.extend(a[3]) or train_epoch(*a))
+    run.begin(data, "")
+    diagen.train(args, run, data, "DIAGen")
+    assert rates == pytest.approx(expected if cosine else [0.1] * 8)
+
+
 def test_the_confidence_is_the_mean_over_five_random_views_calibrated(data):
     net, seen = common.Classifier(nn.Flatten(), nn.Linear(3072, 3)), []
     net.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))

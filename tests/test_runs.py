@@ -26,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("quick")
 TITLES = {
     actgen: ["real only", "ActGen"],
     dreamda: ["standard augmentation", "seed labels", "AMST"],
-    diagen: ["standard augmentation", "DA-Fusion", "DIAGen"],
+    diagen: ["standard augmentation", "DIAGen"],
 }
 IMAGES = {actgen: 8, dreamda: 20, diagen: 20}  # synthetic images of the tiny run on digits
 SYNTHETIC = "synthetic/metadata.jsonl"
@@ -71,7 +71,7 @@ def test_a_run_writes_all_its_files(script, finished):
     config = runs.read_json(out / "config.json")
     assert config["args"] | DIGITS[script] == config["args"] and "torch" in config["versions"]
     assert {name for name, value in config["args"].items() if value is None} <= {"style"}
-    images, passes = {actgen: (8, 8), dreamda: (20, 5), diagen: (40, 4)}[script]  # what it will do
+    images, passes = {actgen: (8, 8), dreamda: (20, 5), diagen: (20, 4)}[script]  # what it will do
     plan = f"{images} images ({passes} U-Net passes each, {images * 32**2 * 1.5e-9:.2g} GB)"
     assert f"{out}: " in stdout and plan in stdout and (script is not diagen or "prompts: bank" in stdout)
     result, metrics = runs.read_json(out / "result.json"), runs.metrics_of(out)
@@ -119,7 +119,7 @@ def test_actgens_images_join_the_training_set_and_gen_val_at_half_time(finished)
     assert [r["seed"] for r in planned] == [[0, j // 4, j % 4] for j in range(8)]
 
 
-def test_diagens_best_epoch_counts_and_its_images_have_prompts_and_weights(finished):
+def test_diagens_best_epoch_counts_and_its_images_have_prompts_and_weights(finished, tmp_path):
     out, _ = finished(diagen)
     result, metrics = runs.read_json(out / "result.json"), runs.metrics_of(out)
     for title, scores in result.items():
@@ -137,11 +137,13 @@ def test_diagens_best_epoch_counts_and_its_images_have_prompts_and_weights(finis
         assert r["seed"] == [0, r["guide_index"], variant] and 0 <= r["confidence"] <= 1
     q, w = (torch.tensor([r[key] for r in records]).view(10, 2) for key in ("confidence", "weight"))
     assert torch.allclose(diagen.weights_of(q), w) and w.std() > 0
-    plain = lines_of(out / "da_fusion" / "metadata.jsonl")
+    arguments = DIGITS[diagen] | dict(method="da_fusion", embeddings=out, out=tmp_path / "plain")
+    assert "\nDA-Fusion " in run_well(diagen, "--no_baseline", **arguments)
+    plain = lines_of(tmp_path / "plain" / SYNTHETIC)
     assert all(
         r["weight"] == 0.5 and re.fullmatch(r"a photo of a <\d{4} \w+\|0>", r["prompt"]) for r in plain
     )
-    assert len([*out.glob("da_fusion/*/*.png")]) == 20 == 2 * len([*out.glob("embeddings/*/*")])
+    assert len(plain) == 20 == 2 * len([*out.glob("embeddings/*/*")])
 
 
 @each_script
@@ -166,8 +168,7 @@ def test_a_folder_of_ones_own_images_runs_end_to_end(script, mine):
     stdout = run_well(script, **FOLDER[script] | mine)
     count = {actgen: 8, dreamda: 20, diagen: 16}[script]
     records = lines_of(mine["out"] / SYNTHETIC)
-    drawn = 2 * count if script is diagen else count  # with DA-Fusion's
-    assert f"{drawn} images generated" in stdout and len(records) == count
+    assert f"{count} images generated" in stdout and len(records) == count
     assert {r["class_name"] for r in records} <= {"guinea pig", "baker's yeast"}
     assert all((mine["out"] / "synthetic" / r["file_name"]).exists() for r in records)
     guides = [Path(r["guide"]) for r in records if r["guide"]]

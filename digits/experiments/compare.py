@@ -1,7 +1,7 @@
 """Compares all methods on digits: the same real images, classifier, number of images drawn, and steps.
 
     python digits/experiments/compare.py                             8 to 64 images per class, five seeds
-    python digits/experiments/compare.py --per_class 16 --seeds 1    forty minutes of one core
+    python digits/experiments/compare.py --per_class 16 --seeds 1    half an hour of one core
     python digits/experiments/compare.py --per_class 16 --cells 0/0 0/0.65 0.45/0 0.45/0.65     when it pays
 
 Every classifier is trained by the recipe of digits for about --steps steps of 8 images. A method draws about
@@ -51,7 +51,7 @@ class Args:
     """The numbers of images, seeds and worlds to compare the methods at."""
 
     per_class: list[int] = HfArg(default_factory=lambda: [8, 16, 32, 64], help="real images per class")
-    steps: int = HfArg(default=9000, help="training steps of each classifier")
+    steps: int = HfArg(default=4800, help="training steps of each classifier")
     seeds: int = HfArg(default=5, help="number of seeds")
     first_seed: int = HfArg(default=0, help="the first of the seeds")
     cells: list[str] = HfArg(default_factory=lambda: ["0.45/0.65"], help="worlds, CONFUSION/STYLE")
@@ -77,7 +77,7 @@ class Comparison:
     A method takes its name and its script's arguments; it returns its scores and its images' folder, or None.
     """
 
-    def __init__(self, k: int, confusion: float, style: float, seed: int, out: Path, steps: int = 9000):
+    def __init__(self, k: int, confusion: float, style: float, seed: int, out: Path, steps: int = 4800):
         self.k, self.steps, self.style, self.out = k, steps, style, out
         self.M = max(1, IMAGES // (10 * k))  # synthetic images of each real one
         self.draw = SHARED | dict(seed=seed, examples_per_class=k, style=style)
@@ -145,7 +145,7 @@ SOURCES = "DreamDA, sources' labels"
 METHODS = {  # a method runs after those above it
     BASE: (Comparison.real, {}),
     "RandAugment": (Comparison.real, dict(augment="digits+randaugment")),
-    "label smoothing": (Comparison.real, dict(label_smoothing=0.1)),
+    "no label smoothing": (Comparison.real, dict(label_smoothing=0.0)),
     "random text-to-image": (Comparison.img2img, dict(method="real_guidance", strength=[1.0])),
     "Real Guidance": (Comparison.img2img, dict(method="real_guidance")),
     "DA-Fusion": (Comparison.img2img, dict(method="da_fusion")),
