@@ -69,7 +69,7 @@ class Args(common.RunArgs):
     auxiliary_weight: float = number("[0, 1000]", "w_a, weight of L_aux", 0.2)
     orthogonality_weight: float = number("[0, 1000]", "w_o, weight of L_orth", 0.1)
     consistency_weight: float = number("[0, 1000]", "w_c, weight of L_cons", 1.0)
-    burn_in: float = number("[0, 1]", "share of the epochs on real images alone, before pseudo-labels", 0.5)
+    burn_in: float = number("[0, 1]", "share of the epochs with source labels, before pseudo-labels", 0.5)
     synthetic_ratio: float = number("(0, 100]", "synthetic + unlabelled images per real one in a batch", 2.0)
     unlabelled: int = number("[0, 1e9]", "number of unlabelled real images added to the synthetic ones", 0)
 
@@ -85,10 +85,10 @@ PETS = dict(prompt="a photo of a {}, a breed of cat or dog")
 CIFAR = dict(image_size=32, augment="crop", variations=1)
 DIGITS = common.DIGITS | dict(steps=15, guidance_scale=4.0, generation_batch_size=40)
 DIGITS |= dict(noise_scale=12.0, relative_noise=True, variations=4, paths=1, burn_in=0.0, threshold=0.3)
-# choice: the paper's semi-supervised task, with a pretrained backbone: trained from scratch on few images,
-# the heads label worse than the sources do. The heads are new layers, so they have higher learning rates.
+# choice: the paper's semi-supervised task, with a pretrained backbone. Its heads are new layers, so they have
+# higher learning rates. AdamW trains heads as fast with a small w_a, which leaves the backbone to the main.
 DIGITS |= dict(examples_per_class=8, unlabelled=1000, pretrained=True, lr=1e-3, head_lr=16.0)
-DIGITS |= dict(auxiliary_lr=32.0, batch_size=3, synthetic_ratio=5 / 3, epochs=10, eval_every=10)
+DIGITS |= dict(auxiliary_weight=0.02, auxiliary_lr=32.0, batch_size=3, synthetic_ratio=5 / 3, epochs=10)
 RECIPES = {"*": SD15, "digits": DIGITS, "pets": PETS, "cifar10": CIFAR, "cifar100": CIFAR}
 RECIPES |= {"stl10": dict(image_size=96, augment="crop"), "imagenet": dict(variations=1, batch_size=256)}
 
@@ -518,8 +518,8 @@ def pool_batch(args: Args) -> int:
 def load_batches(args: Args, accelerator, data: common.Data, pool, heads: int, steps: int, epoch: int):
     """For each step of an epoch a batch of real images ((views, k), y, i) and one of pool images (u, y, i).
 
-    views, k: see head_views; u: strong views. Without a pool (baseline, burn-in) pool batches are empty and
-    real batches larger by as many images; with heads by half as many, because a real image has two views.
+    views, k: see head_views; u: strong views. Without a pool (baseline) pool batches are empty and
+    real batches larger by as many images.
     """
 
     def load(images, size, key, function):
@@ -531,31 +531,30 @@ def load_batches(args: Args, accelerator, data: common.Data, pool, heads: int, s
     if pool:
         real = load(data.train, args.batch_size, 0, views)
         return zip(real, load(pool, U, 2, STRONG), strict=True)
-    more = U // (2 if heads else 1)  # with heads a real image is there twice, as x and as a_k(x)
-    real = load(data.train, args.batch_size + more - more % accelerator.num_processes, 0, views)
+    real = load(data.train, args.batch_size + U, 0, views)
     return ((((x, k), y, i), (x[:0, 0], y[:0], i[:0])) for (x, k), y, i in real)
 
 
 def train(args: Args, run: common.Run, data: common.Data, pool, given: dict, labels: str, steps: int):
     """Trains on real images and the pool, if any; returns scores and the pool's final predict_targets."""
     accelerator, heads = run.accelerator, args.heads if labels in ("amst", "seed_heads") else 0
-    if labels in given:  # leaves out --unlabelled images (the pool's last) if this kind does not label them
-        pool = pool.subset(torch.nonzero(given[labels] >= 0))
     # choice: the auxiliary heads have their own lr: with a low one, on a pretrained backbone, they stay alike
     parts = dict(rates=lambda net: {net.head: args.head_lr, net.auxiliary: args.auxiliary_lr})
     parts |= dict(wrap=partial(MultiHead, heads=heads))
     net, model, optimizer = common.new_classifier(args, accelerator, data.class_names, **parts)
     weights = dict(w_a=args.auxiliary_weight, w_o=args.orthogonality_weight, smoothing=args.label_smoothing)
     weights |= dict(w_c=args.consistency_weight if labels == "amst" else 0.0)
-    # choice: labels are no better than the classifier that gives them. So the classifier first learns from
-    # real images alone, in batches of as many views; a pretrained one needs no burn-in (--burn_in 0).
+    # choice: labels are no better than the classifier that gives them. So the main head first learns from the
+    # sources' labels, the auxiliary heads from real images; a pretrained backbone needs no burn-in.
     burn_in = int(args.burn_in * args.epochs) if pool and labels not in given else 0
 
     for epoch in run.epochs(LABELS[labels], args.epochs, model=net, optimizer=optimizer):
-        used, shown = pool if epoch >= burn_in else None, (0, args.epochs // 2, args.epochs - 1)
-        file = f"votes/{epoch + 1:03d}.pt" if used and labels in ("amst", "head") and epoch in shown else ""
+        kind, shown = "seed" if epoch < burn_in else labels, (0, args.epochs // 2, args.epochs - 1)
+        file = f"votes/{epoch + 1:03d}.pt" if pool and kind in ("amst", "head") and epoch in shown else ""
         # choice: the pool's images are labelled anew before every epoch, not before every step
-        targets, labelled, weak, report = predict_targets(args, run, model, used, given, labels, file)
+        targets, labelled, weak, report = predict_targets(args, run, model, pool, given, kind, file)
+        # if this kind does not label the --unlabelled images, which are the pool's last, they train nothing
+        used = pool.subset(torch.nonzero(given[kind] >= 0)) if kind in given else pool
 
         def loss_of(batch, targets=targets, labelled=labelled, weak=weak):
             ((views, k), y, _), (u, _, j) = batch
