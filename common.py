@@ -368,8 +368,8 @@ def scores(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
 
 
 def interval_text(values, sign: str = "") -> str:
-    """Text: mean ± half the 95 % interval (Student's t); one value has no interval. sign: "+" for gains."""
-    half = f" ± {stats.t.ppf(0.975, len(values) - 1) * stats.sem(values):.1f}" if len(values) > 1 else ""
+    """Text: mean ± half the 95 % interval (Student's t) of three values or more. sign: "+" for gains."""
+    half = f" ± {stats.t.ppf(0.975, len(values) - 1) * stats.sem(values):.1f}" if len(values) > 2 else ""
     return f"{np.mean(values):{sign}.1f}{half}"
 
 

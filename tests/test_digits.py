@@ -309,7 +309,7 @@ def test_every_method_trains_for_as_many_steps_on_as_many_images(k, tmp_path, mo
 
 def test_two_processes_share_the_runs_of_a_comparison_whose_gains_are_paired(tmp_path, monkeypatch):
     """None is repeated; the second begins in the midst of the first one's first run."""
-    args, log = compare.Args(per_class=[4], seeds=2, out=str(tmp_path)), tmp_path / "log"
+    args, log = compare.Args(per_class=[4], seeds=3, out=str(tmp_path)), tmp_path / "log"
 
     def numbers(comparison, name):
         first = not log.exists()
@@ -323,14 +323,14 @@ def test_two_processes_share_the_runs_of_a_comparison_whose_gains_are_paired(tmp
     for _ in range(2):  # the second time nothing is left to do
         compare.main(args)
         made = [line.split(", by ") for line in log.read_text().splitlines()]
-        assert len(made) == len({run for run, _ in made}) == 2 * len(compare.METHODS)
-        assert len({(run.split(",")[0], process) for run, process in made}) == 2  # a seed each
+        assert len(made) == len({run for run, _ in made}) == 3 * len(compare.METHODS)
+        assert len({(run.split(",")[0], process) for run, process in made}) == 3  # a seed by one
         rows = [line.split(" | ") for line in (tmp_path / "compare.md").read_text().splitlines()]
         assert len(rows) == 3 + len(compare.METHODS) and rows[1][:2] == ["| cell 0.45/0.65", "4 per class"]
     kept, paired = common.read_file(tmp_path / "results.json"), []
     for split in ("test", "test_ood"):
         base, ours = (
-            [kept[f"4800 0.45/0.65 4 {s} {m}"][split] for s in (0, 1)] for m in (compare.BASE, "ActGen")
+            [kept[f"4800 0.45/0.65 4 {s} {m}"][split] for s in range(3)] for m in (compare.BASE, "ActGen")
         )
         low, high = scipy.stats.ttest_rel(ours, base).confidence_interval(0.95)
         paired.append(f"{np.mean(ours) - np.mean(base):+.1f} ± {(high - low) / 2:.1f}")
