@@ -1,7 +1,7 @@
 """Compares all methods on digits: the same real images, classifier, number of images drawn, and steps.
 
     python digits/experiments/compare.py                             8 to 64 images per class, five seeds
-    python digits/experiments/compare.py --per_class 16 --seeds 1    half an hour of one core
+    python digits/experiments/compare.py --per_class 16 --seeds 1    twenty minutes of one core
     python digits/experiments/compare.py --per_class 16 --cells 0/0 0/0.65 0.45/0 0.45/0.65     when it pays
 
 Every classifier is trained by the recipe of digits for about --steps steps of 8 images. A method draws about
@@ -9,7 +9,7 @@ IMAGES images. A cell CONFUSION/STYLE is a world: the share of captions in which
 learned a look-alike's name, and how far the target differs from the generator's images. A generator that does
 not exist yet is trained by pretrain.py, in 20 to 40 minutes of one core.
 
-Real Guidance, DA-Fusion, random text-to-image and DreamDA by its sources' labels differ in images alone: a
+Real Guidance, DA-Fusion, plain text-to-image and DreamDA by its sources' labels differ in images alone: a
 step takes 3 real and 5 synthetic images, or 8 real ones. ActGen and DIAGen train as their papers say.
 DA-Fusion and DIAGen share their learned tokens.
 
@@ -146,7 +146,7 @@ METHODS = {  # a method runs after those above it
     BASE: (Comparison.real, {}),
     "RandAugment": (Comparison.real, dict(augment="digits+randaugment")),
     "no label smoothing": (Comparison.real, dict(label_smoothing=0.0)),
-    "random text-to-image": (Comparison.img2img, dict(method="real_guidance", strength=[1.0])),
+    "plain text-to-image": (Comparison.img2img, dict(method="real_guidance", strength=[1.0])),
     "Real Guidance": (Comparison.img2img, dict(method="real_guidance")),
     "DA-Fusion": (Comparison.img2img, dict(method="da_fusion")),
     "DIAGen": (Comparison.diagen, {}),
