@@ -86,7 +86,7 @@ CIFAR = dict(image_size=32, augment="crop", variations=1)
 DIGITS = common.DIGITS | dict(steps=15, guidance_scale=4.0, generation_batch_size=40)
 DIGITS |= dict(noise_scale=12.0, relative_noise=True, variations=4, paths=1, burn_in=0.0, threshold=0.3)
 # choice: the paper's semi-supervised task, with a pretrained backbone. Its heads are new layers, so they have
-# higher learning rates. AdamW trains heads as fast with a small w_a, which leaves the backbone to the main.
+# higher learning rates. AdamW trains them as fast with a small w_a, which spares the backbone.
 DIGITS |= dict(examples_per_class=8, unlabelled=1000, pretrained=True, lr=1e-3, head_lr=16.0)
 DIGITS |= dict(auxiliary_weight=0.02, auxiliary_lr=32.0, batch_size=3, synthetic_ratio=5 / 3, epochs=10)
 RECIPES = {"*": SD15, "digits": DIGITS, "pets": PETS, "cifar10": CIFAR, "cifar100": CIFAR}
