@@ -518,8 +518,8 @@ def pool_batch(args: Args) -> int:
 def load_batches(args: Args, accelerator, data: common.Data, pool, heads: int, steps: int, epoch: int):
     """For each step of an epoch a batch of real images ((views, k), y, i) and one of pool images (u, y, i).
 
-    views, k: see head_views; u: strong views. Without a pool (baseline) pool batches are empty and
-    real batches larger by as many images.
+    views, k: see head_views; u: strong views. Without a pool (baseline) pool batches are empty, and real ones
+    larger by as many images.
     """
 
     def load(images, size, key, function):

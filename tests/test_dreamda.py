@@ -328,6 +328,13 @@ def test_a_batch_shows_each_real_image_as_it_is_and_to_one_head_and_the_pools_st
     assert np.mean(changed) > 0.75  # half of the erasing views erase nothing
 
 
+def test_a_batch_of_the_baseline_has_as_many_images_all_real(tmp_path):
+    args, run, data = prepare(tmp_path)
+    batches = [*dreamda.load_batches(args, run.accelerator, data, None, 0, 4, 0)]
+    sizes = [(*views.shape[:2], len(u)) for ((views, _), *_), (u, *_) in batches]
+    assert sizes == [(8 + 16, 1, 0)] * 4
+
+
 @pytest.mark.parametrize("labels", ["amst", "head", "soft", "seed", "seed_heads"])
 def test_before_it_labels_images_the_classifier_learns_from_the_sources_labels(tmp_path, labels, monkeypatch):
     """In the burn-in, and with given labels always, images without a source train nothing."""

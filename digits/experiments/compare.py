@@ -5,9 +5,9 @@
     python digits/experiments/compare.py --per_class 16 --cells 0/0 0/0.65 0.45/0 0.45/0.65     when it pays
 
 Every classifier is trained by the recipe of digits for about --steps steps of 8 images. A method draws about
-IMAGES images. A cell CONFUSION/STYLE is a world: the share of captions in which the generator
-learned a look-alike's name, and how far the target differs from the generator's images. A generator that does
-not exist yet is trained by pretrain.py, in 20 to 40 minutes of one core.
+IMAGES images. A cell CONFUSION/STYLE is a world: the share of captions in which the generator learned a
+look-alike's name, and how far the target differs from the generator's images. A generator that does not exist
+yet is trained by pretrain.py, in 20 to 40 minutes of one core.
 
 Real Guidance, DA-Fusion, plain text-to-image and DreamDA by its sources' labels differ in images alone: a
 step takes 3 real and 5 synthetic images, or 8 real ones. ActGen and DIAGen train as their papers say.
