@@ -523,12 +523,12 @@ def english(name: str) -> str:
     return " ".join(name.replace("_", " ").split())
 
 
-def read_text(path: Path) -> str:
-    """The text of a user's file, in Unicode's composed form; UserError if it cannot be read as UTF-8."""
+def read_text(path: Path, parse: Callable = str):
+    """parse(a user's UTF-8 file, in Unicode's composed form); UserError if it cannot be read or parsed."""
     try:
-        return unicodedata.normalize("NFC", path.read_text(encoding="utf-8-sig"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path}: {error}; give a text file in UTF-8") from None
+        return parse(unicodedata.normalize("NFC", path.read_text(encoding="utf-8-sig")))
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {error}; give a whole text file in UTF-8") from None
 
 
 def name_classes(folders: list[str], file: Path | None) -> list[str]:
@@ -701,7 +701,7 @@ def _coco(root: str, **_) -> Data:
     splits = {}
     for split, year in (("train", "train2017"), ("test", "val2017")):
         path = Path(root, "annotations", f"instances_{year}.json")
-        content = json.loads(read_text(path))
+        content = read_text(path, json.loads)
         names = {c["id"]: c["name"] for c in sorted(content["categories"], key=lambda c: c["id"])}
         files = {image["id"]: Path(root, year, image["file_name"]) for image in content["images"]}
         objects = sorted((a["area"], a["category_id"], a["image_id"]) for a in content["annotations"])

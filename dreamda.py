@@ -217,7 +217,8 @@ def noisy_modules(unet, where: str) -> list[nn.Module]:
     """The U-Net's modules that get noise on their input or output; where: see Perturbation."""
     modules = {"bottleneck": [unet.mid_block], "mid_input": [unet.mid_block], "down": unet.down_blocks}
     modules |= {"up": unet.up_blocks, "latents": [unet.conv_in], "none": []}
-    require(where in modules, f"unknown --perturb '{where}'; choose one of: {', '.join(modules)}")
+    has = None not in modules.get(where, [None])  # small distilled U-Nets have no bottleneck
+    require(has, f"--perturb '{where}': this U-Net has none; choose one of: {', '.join(modules)}")
     return [*modules[where]]
 
 

@@ -469,6 +469,9 @@ def test_a_coco_label_is_the_largest_objects_category(tmp_path):
     assert data.class_names == ["train", "toothbrush"]  # by id; no image is mainly a car
     labelled = dict(zip(data.test.labels, colours(data.test), strict=True))
     assert np.allclose(labelled[1], RED, atol=4) and np.allclose(labelled[0], BLUE, atol=4)
+    (tmp_path / "annotations" / "instances_val2017.json").write_text(json.dumps(content)[:-9])  # cut short
+    with refused("cannot read .*instances_val2017.json: .*; give a whole text file"):
+        load(tmp_path, "coco")
 
 
 @pytest.mark.parametrize("kind, n", [("CIFAR10", 10), ("CIFAR100", 100)])

@@ -422,7 +422,7 @@ BAD = {
     "class_name;class_idx;prompt\n\n\ndog;1;a dog": "line 4: .* no class 'dog'",
     "owl;0;an owl\nowl;0;a photo": "line 2: 'owl' or {name} must be in the prompt exactly once",
     "owl;0;an owl beside an owl": "line 1: 'owl' or {name} must be in the prompt exactly once",
-    "owl;0;an owl".encode("utf-16"): "give a text file in UTF-8",
+    "owl;0;an owl".encode("utf-16"): "give a whole text file in UTF-8",
     f"owl;0;{'red ' * 14}owl": "line 1: 'owl' ends at token 17, but 14 are read",
 }
 

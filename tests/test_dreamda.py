@@ -3,6 +3,7 @@
 import copy
 import functools
 import itertools
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import diffusers
@@ -176,6 +177,10 @@ def test_noise_enters_where_it_is_asked_for(pipe, where):
     assert not any(same[where]) and len(same) == 7
     for place in itertools.takewhile(lambda place: place != where, same):
         assert all(same[place])
+    unet = diffusers.UNet2DConditionModel.from_config(pipe.unet.config | {"mid_block_type": None})
+    lacks = where in ("bottleneck", "mid_input")
+    with refused(f"--perturb '{where}': .* has none") if lacks else nullcontext():
+        dreamda.Perturbation(unet, where, 1.0, generators(1))
 
 
 def test_a_batch_of_variations_equals_batches_of_one(pipe, sources, inverted):
